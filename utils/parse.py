@@ -1,0 +1,80 @@
+"""Command-line chores that every script shares: the parser with --config, and one-line errors."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import configargparse
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+SECRET_FLAGS = ("hub_token",)
+
+
+def make_parser(description):
+    """Argument parser with `--config file.yaml`: the file sets defaults, the command line wins, an unknown key
+    is an error. ConfigArgParse reads `1e-4` as a number where plain YAML would give a string."""
+    parser = configargparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,  # an abbreviation that works today is a silent change of meaning tomorrow
+        config_file_parser_class=configargparse.YAMLConfigFileParser,
+        formatter_class=configargparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", is_config_file=True, help="YAML file with defaults; its keys are the flags' names")
+    return parser
+
+
+def run_main(main):
+    """Call main() and turn bad input into one line on stderr and exit code 2.
+
+    Bad input is a ValueError or OSError that a `raise` of this project's own code made. The same exception out of a
+    library or by accident is a fault, so its traceback stays. KONTEXT_TRACEBACK=1 shows the traceback in both cases."""
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        ours = (PROJECT_ROOT in Path(innermost.filename).resolve().parents and "site-packages" not in innermost.filename
+                and (innermost.line or "").startswith("raise "))
+        if os.environ.get("KONTEXT_TRACEBACK") or not (ours or explains_itself(error)):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+def explains_itself(error):
+    """True for operating-system errors about a path (missing, not writable, disk full): they name it themselves."""
+    return isinstance(error, OSError) and error.filename is not None
+
+
+def public_args(args):
+    """The parsed arguments as a JSON-safe dict without secrets, for args.json and trackers."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in SECRET_FLAGS
+    }
+
+
+def write_json(path, value):
+    """Write `value` to `path` in one rename, so that a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def writable_folder(path, flag):
+    """Create the folder `path` if needed and return it; ValueError naming `flag` if nothing can be written there."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{flag} {path} is a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}); name a folder that can") from error
+    return path
