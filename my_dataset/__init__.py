@@ -1,0 +1,19 @@
+from my_dataset.dataset_deg_bucket import (
+    BucketBatchSampler,
+    DegBucketDataset,
+    find_nearest_bucket,
+    parse_buckets_string,
+)
+from my_dataset.dataset_deg_paired import DegDataset, collate_fn
+from my_dataset.prompts import PromptDataset, tokenize_prompt
+
+__all__ = [
+    "BucketBatchSampler",
+    "DegBucketDataset",
+    "DegDataset",
+    "PromptDataset",
+    "collate_fn",
+    "find_nearest_bucket",
+    "parse_buckets_string",
+    "tokenize_prompt",
+]
