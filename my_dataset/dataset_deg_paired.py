@@ -219,7 +219,8 @@ class DegDataset(Dataset):
     source: a folder of clean images, or the list of `folder_records`, `pair_records` or `hub_records`.
     degrade(image, rng) -> (image, params): uint8 (H, W, 3) to the same shape, and a list that describes what was done;
     applied to the crop, so that its strength is in pixels of the training size. Not used for stored pairs.
-    crop: "random" or "center". crop_zoom: range (lo, hi) of cover_crop's zoom. upscale_kernel: a key of KERNELS, for a control at a whole fraction of its target.
+    crop: "random" or "center". crop_zoom: range (lo, hi) of cover_crop's zoom. upscale_kernel: a key of KERNELS, for a
+    control at a whole fraction of its target.
 
     An item is asked for by (index, epoch), or by index for epoch 0. `unreadable` lists (path, reason) of the files that
     were left out by their header. A file that fails later is replaced by the next readable one and named in the item's
