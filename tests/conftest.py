@@ -1,0 +1,110 @@
+"""Tiny random models and photographs out of installed packages: no downloads, seconds on one core."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from two threads that fight for two cores
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Accelerate keeps one state per process; every test starts without one."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def make_tiny_pipeline():
+    """A FluxKontextPipeline with FLUX's kinds of parts (KL autoencoder at 8 pixels a latent, 16 channels, guidance)
+    and random weights, small enough for a step in milliseconds."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from scripts.make_tiny_kontext import make_tokenizers
+
+    torch.manual_seed(0)
+    clip, t5 = make_tokenizers()
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(clip), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=16, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id))
+    text_encoder_2 = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                                             num_heads=2))
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16,
+                        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16,
+        axes_dims_rope=(4, 6, 6), joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    pipe = FluxKontextPipeline(scheduler, vae, text_encoder, clip, text_encoder_2, t5, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Path of the tiny random pipeline's folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-random-kontext"
+    make_tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_pipe(tiny_model):
+    """VAE, transformer and scheduler of the tiny random pipeline, fresh for each test."""
+    from utils import flux
+
+    return flux.load_models(tiny_model, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(tiny_model, tmp_path_factory):
+    """Folder with a LoRA file for tiny_model: B not zero, settings of a start noise of 0.5."""
+    from utils import flux, lora, restore
+
+    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
+    lora.attach(pipe.transformer, rank=4)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in lora.parameters(pipe.transformer):
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("lora")
+    lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
+        "start_noise": [0.5, 0.5], "guidance_scale": 1.0, "max_sequence_length": 16, "base_model": tiny_model})
+    return str(folder)
+
+
+def photograph(name="astronaut", size=None):
+    """A photograph of the scikit-image package as uint8 (H, W, 3), resized to (height, width) if given."""
+    import skimage
+
+    image = Image.open(next((Path(skimage.__file__).parent / "data").glob(f"{name}.*"))).convert("RGB")
+    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS) if size else image)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Folder with train/ (6 photographs' crops, 48 px) and heldout/ (2), all different."""
+    root = tmp_path_factory.mktemp("photos")
+    image = photograph(size=(256, 256))
+    for i in range(8):
+        folder = root / ("train" if i < 6 else "heldout")
+        folder.mkdir(exist_ok=True)
+        y, x = 24 * i, 160 - 20 * i
+        Image.fromarray(image[y : y + 48, x : x + 64]).save(folder / f"photo_{i}.png")
+    return root

@@ -1,0 +1,207 @@
+"""FLUX.1 Kontext's parts: load them, encode text and images, predict a velocity. Any folder that stock
+`FluxKontextPipeline.from_pretrained` accepts works; nothing here knows which model it holds."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.training_utils import free_memory
+
+PATCH = 2  # latents are packed 2 x 2 into one token
+
+
+def add_model_args(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", required=True,
+                       help="folder of a FluxKontextPipeline (FLUX.1-Kontext-dev), or its hub id")
+    group.add_argument("--revision", help="branch, tag or commit of the hub model")
+    group.add_argument("--variant", help="weight variant of the model files, such as fp16")
+    group.add_argument("--cache_dir", help="where hub downloads are kept")
+    group.add_argument("--max_sequence_length", type=int, default=512, help="T5 tokens, 1 to 512")
+    group.add_argument("--guidance_scale", type=float, default=1.0,
+                       help="guidance the model is told; stored in the LoRA file and used again in sampling")
+    group.add_argument("--vae_encode_mode", default="mode", choices=["mode", "sample"],
+                       help="mean of the VAE's posterior, or a draw from it")
+
+
+@dataclass
+class TextEmbeds:
+    """Encoded prompts. prompt: (B, T, D) T5 states; pooled: (B, P) CLIP state."""
+
+    prompt: torch.Tensor
+    pooled: torch.Tensor
+
+    def to(self, device, dtype):
+        return TextEmbeds(self.prompt.to(device, dtype), self.pooled.to(device, dtype))
+
+
+def check_model(path):
+    """Fail before anything expensive if `path` is a folder without a pipeline in it. Hub ids pass."""
+    if Path(path).is_dir():
+        if not (Path(path) / "model_index.json").is_file():
+            raise ValueError(f"--pretrained_model_name_or_path {path}: no model_index.json there; name the folder of "
+                             "a FluxKontextPipeline")
+    elif str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder; download FLUX.1-Kontext-dev and "
+                         "name its folder, or use assets/tiny-kontext")
+
+
+def model_id(path):
+    """Name of a base model for records that leave this machine: a hub id as it is, a folder's last part."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
+
+
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=()):
+    """Stock FluxKontextPipeline without the components named in `skip`. ValueError with the cure where the hub says
+    no: no network, a gated model without a token, a name that does not exist."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    check_model(path)
+    try:
+        return FluxKontextPipeline.from_pretrained(
+            path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,
+            **dict.fromkeys(skip),
+        )
+    except GatedRepoError as error:
+        raise ValueError(f"{path} is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN, or "
+                         "give the path of a downloaded copy") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{path} could not be fetched ({type(error).__name__}); give the path of a downloaded "
+                         "copy") from error
+    except OSError as error:
+        if os.path.isdir(path):
+            raise  # a broken folder: diffusers names the file
+        raise ValueError(f"{path} could not be fetched ({str(error).partition(chr(10))[0]}); give the path of a "
+                         "downloaded copy") from error
+
+
+TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+IMAGE_PARTS = ("vae", "transformer")
+OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
+
+
+@torch.no_grad()
+def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, **where):
+    """{prompt: TextEmbeds of batch 1, on the CPU in `dtype`}. Loads the text encoders, and frees them again:
+    T5-XXL in bf16 is 9 GB that training has no use for. where: revision, variant, cache_dir."""
+    pipe = load_pipeline(path, dtype, skip=IMAGE_PARTS + OPTIONAL_PARTS, **where).to(device)
+    encoded = {}
+    for prompt in dict.fromkeys(prompts):
+        states, pooled, _ = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=max_sequence_length)
+        encoded[prompt] = TextEmbeds(states, pooled).to("cpu", dtype)
+    del pipe
+    free_memory()
+    return encoded
+
+
+def stack_text(encoded, prompts, device, dtype):
+    """TextEmbeds of batch len(prompts) from encode_prompts' dict."""
+    items = [encoded[prompt] for prompt in prompts]
+    return TextEmbeds(torch.cat([t.prompt for t in items]), torch.cat([t.pooled for t in items])).to(device, dtype)
+
+
+def load_models(path, device, dtype, **where):
+    """The pipeline with only VAE, transformer and scheduler, frozen, in evaluation mode, on `device` in `dtype`
+    (fp32 or bf16: FLUX's VAE overflows fp16). where: revision, variant, cache_dir."""
+    pipe = load_pipeline(path, dtype, skip=TEXT_PARTS + OPTIONAL_PARTS, **where)
+    for model in (pipe.vae, pipe.transformer):
+        model.to(device).eval().requires_grad_(False)
+    return pipe
+
+
+def latent_scale(vae):
+    """Pixels per latent along one side (8 for FLUX)."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def size_multiple(vae):
+    """Image sides must be multiples of this many pixels (16 for FLUX): whole latents in whole tokens."""
+    return latent_scale(vae) * PATCH
+
+
+def check_sizes(vae, sizes):
+    """ValueError unless every (height, width) in pixels is a multiple of what the model needs."""
+    multiple = size_multiple(vae)
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            raise ValueError(f"--resolution / --aspect_ratio_buckets {height}x{width}: this model needs multiples of "
+                             f"{multiple} pixels")
+
+
+def latent_shape(vae, height_px, width_px):
+    """(C, h, w) of the latents of an image; sides must be multiples of size_multiple(vae)."""
+    scale = latent_scale(vae)
+    return vae.config.latent_channels, height_px // scale, width_px // scale
+
+
+def encode(vae, images, noise=None):
+    """Normalised latents (B, C, h, w) in fp32 of images (B, 3, H, W) in [-1, 1].
+
+    The posterior's mean; with `noise` (B, C, h, w) standard normal, a draw from it. A VAE without a posterior
+    (AutoencoderTiny) gives its latents either way."""
+    encoded = vae.encode(images.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mean
+        if noise is not None:
+            latents = latents + encoded.latent_dist.std * noise.to(latents)
+    else:
+        latents = encoded.latents
+    return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode(vae, latents):
+    """Images (B, 3, H, W) in fp32, about [-1, 1] and not clamped, of normalised latents (B, C, h, w)."""
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+
+
+def pack(latents):
+    """(B, C, h, w) -> tokens (B, h/2 * w/2, 4 C)."""
+    batch, channels, height, width = latents.shape
+    return FluxKontextPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+def unpack(tokens, height, width):
+    """Tokens (B, h/2 * w/2, 4 C) -> (B, C, h, w); height, width: of the latents."""
+    return FluxKontextPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
+
+
+def token_ids(height, width, first, device):
+    """Position ids (h/2 * w/2, 3) = (first, row, column) of h x w latents; first: 0 target, 1 reference."""
+    ids = FluxKontextPipeline._prepare_latent_image_ids(1, height // PATCH, width // PATCH, device, torch.float32)
+    ids[:, 0] = first
+    return ids
+
+
+def predict_velocity(transformer, latents, sigma, control, text, guidance_scale):
+    """Velocity (B, C, h, w) that the transformer predicts for `latents` at noise level `sigma`.
+
+    latents: (B, C, h, w). sigma: (B,) in [0, 1]. control: reference latents (B, C, h', w'), or None for no reference
+    tokens. text: TextEmbeds of batch B. The transformer's own dtype is used for everything it reads."""
+    dtype = text.prompt.dtype
+    height, width = latents.shape[-2:]
+    tokens, ids = pack(latents), token_ids(height, width, 0, latents.device)
+    if control is not None:
+        tokens = torch.cat([tokens, pack(control)], dim=1)
+        ids = torch.cat([ids, token_ids(*control.shape[-2:], 1, latents.device)])
+    guidance = None
+    if unwrap_config(transformer).guidance_embeds:
+        guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
+    prediction = transformer(
+        hidden_states=tokens.to(dtype),
+        timestep=sigma,
+        guidance=guidance,
+        encoder_hidden_states=text.prompt,
+        pooled_projections=text.pooled,
+        txt_ids=torch.zeros(text.prompt.shape[1], 3, device=latents.device),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    return unpack(prediction[:, : height * width // PATCH**2], height, width)
+
+
+def unwrap_config(transformer):
+    """The model's config, also behind DistributedDataParallel."""
+    return getattr(transformer, "module", transformer).config

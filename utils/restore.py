@@ -1,0 +1,133 @@
+"""Restore images with the settings that the LoRA was trained with."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+
+from utils import flow_matching as fm
+from utils import flux
+
+# Stock Kontext's own behaviour: what a LoRA file without our settings, or no LoRA at all, is sampled with.
+STOCK_SETTINGS = {
+    "start_noise": [1.0, 1.0],
+    "bridge_noise": 0.0,
+    "train_sigmas": "table",
+    "timestep_shift": "none",
+    "reference_tokens": True,
+    "vae_encode_mode": "mode",
+    "guidance_scale": 2.5,
+    "max_sequence_length": 512,
+    "prompt": "Restore this degraded photograph to high fidelity",
+    "resolution": None,
+    "base_model": None,
+}
+
+
+def make_settings(args):
+    """The settings that sampling needs, from the training script's arguments; JSON-safe, stored in the LoRA file."""
+    return {
+        "start_noise": list(fm.parse_start_noise(args.start_noise)),
+        "bridge_noise": args.bridge_noise,
+        "train_sigmas": fm.parse_train_sigmas(args.train_sigmas),
+        "timestep_shift": args.timestep_shift,
+        "reference_tokens": args.reference_tokens,
+        "vae_encode_mode": args.vae_encode_mode,
+        "guidance_scale": args.guidance_scale,
+        "max_sequence_length": args.max_sequence_length,
+        "prompt": args.instance_prompt,
+        "resolution": args.resolution,
+        "base_model": args.base_model_id,
+    }
+
+
+def choose_start_noise(settings, start_noise=None):
+    """The start noise to sample with: the middle of the trained range, or `start_noise` if it lies inside."""
+    lo, hi = settings["start_noise"]
+    if start_noise is None:
+        return (lo + hi) / 2
+    if not lo <= start_noise <= hi:
+        raise ValueError(f"--start_noise {start_noise}: this LoRA was trained on {lo} to {hi}; choose within, or "
+                         "train another")
+    return start_noise
+
+
+def schedule(settings, steps, image_tokens, scheduler, start_noise):
+    """Positions s and noise levels sigma of a sampling run, each `steps` + 1 floats that end in 0.
+
+    Start noise 1 follows the model folder's scheduler to the letter, as stock Kontext does. Below 1 the schedule is
+    the trained one, and that scheduler, which would shift any sigmas it is given, has no part in it."""
+    if steps < 1:
+        raise ValueError(f"--num_inference_steps {steps}: give 1 or more")
+    if start_noise == 1:
+        stock = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        config = stock.config
+        mu = calculate_shift(image_tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                             config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        stock.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
+        sigmas = stock.sigmas.tolist()
+        return sigmas, sigmas
+    mu = fm.resolution_mu(image_tokens) if settings["timestep_shift"] == "resolution" else None
+    positions = fm.sampling_positions(steps, settings["train_sigmas"], mu)
+    return positions, [s * (start_noise or 1) for s in positions]
+
+
+def draw_noise(shape, seeds):
+    """Standard normal (B, *shape), item i from its own CPU generator seeded with seeds[i]."""
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def restore_latents(pipe, control, text, settings, steps, seeds, start_noise=None):
+    """Restored latents (B, C, h, w) in fp32 of the normalised latents `control`, same shape.
+
+    text: TextEmbeds of batch B. seeds: B integers; item i's noise depends on seeds[i] and the size alone."""
+    k = choose_start_noise(settings, start_noise)
+    tokens = control.shape[-2] * control.shape[-1] // flux.PATCH**2
+    positions, sigmas = schedule(settings, steps, tokens, pipe.scheduler, k)
+    draws = [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]  # bridge noise; the start's is as stock
+    noise = draw_noise(control.shape[1:], seeds).to(control)
+    z = fm.start_point(control, noise, torch.full((len(control),), k, device=control.device))
+    reference = control if settings["reference_tokens"] else None
+    dtype = text.prompt.dtype
+    for i in range(steps):
+        told = torch.full((len(z),), sigmas[i], device=z.device)
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):  # the numerics of training
+            velocity = flux.predict_velocity(pipe.transformer, z, told, reference, text, settings["guidance_scale"])
+        if settings["bridge_noise"]:
+            noise = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in draws]).to(z)
+        z = fm.flow_step(z, velocity.float(), sigmas[i], sigmas[i + 1], positions[i], positions[i + 1],
+                         settings["bridge_noise"], noise)
+    return z
+
+
+@torch.no_grad()
+def restore(pipe, control, text, settings, steps, seeds, start_noise=None):
+    """Restored images (B, 3, H, W) in [-1, 1], of exactly the size of `control` (B, 3, H, W) in [-1, 1].
+
+    Sides that are no multiple of the model's are padded by reflection and cropped again; nothing is resized."""
+    height, width = control.shape[-2:]
+    padded = pad_to_multiple(control, flux.size_multiple(pipe.vae))
+    noise = None
+    if settings["vae_encode_mode"] == "sample":
+        shape = flux.latent_shape(pipe.vae, *padded.shape[-2:])
+        noise = draw_noise(shape, [seed ^ 0xC0DE for seed in seeds]).to(control)
+    latents = flux.encode(pipe.vae, padded, noise)
+    restored = flux.decode(pipe.vae, restore_latents(pipe, latents, text, settings, steps, seeds, start_noise))
+    return restored[..., :height, :width].clamp(-1, 1)
+
+
+def pad_to_multiple(images, multiple):
+    """Images (B, 3, H, W) with sides grown to the next multiple, by reflection; by repetition where too small."""
+    height, width = images.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return F.pad(images, (0, right, 0, bottom), mode=mode)
+
+
+@torch.no_grad()
+def round_trip(vae, images):
+    """Images through the VAE and back, in [-1, 1] and the same size: the ceiling of every restoration."""
+    height, width = images.shape[-2:]
+    latents = flux.encode(vae, pad_to_multiple(images, flux.size_multiple(vae)))
+    return flux.decode(vae, latents)[..., :height, :width].clamp(-1, 1)
