@@ -1,0 +1,65 @@
+"""The model card beside a trained LoRA, and its upload."""
+
+import json
+from pathlib import Path
+
+KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md"
+
+
+def write_model_card(args, settings, images):
+    """Write output_dir/README.md: what the LoRA does, the command to use it, validation numbers and pictures."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder = Path(args.output_dir)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    results = [row for row in map(json.loads, lines) if any(key.startswith("validation/") for key in row)]
+    text = f"""# Restoration LoRA for {args.base_model_id}
+
+Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, with degradations
+`{args.degradation_types}` made on the fly. The settings that sampling needs are stored in the file and read back.
+
+```bash
+python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/{folder_name(args.base_model_id)} \\
+    --lora {folder.name} --input photo.jpg --output restored
+```
+
+| setting | value |
+|---|---|
+{table_rows(settings.items())}
+"""
+    if results:
+        names = [key for key in results[-1] if key.startswith("validation/")]
+        text += "\n## Validation\nMeans over held-out images; psnr_vae: the autoencoder's round trip, the ceiling.\n\n"
+        text += f"| step | {' | '.join(name.split('/')[1] for name in names)} |\n|{'---|' * (len(names) + 1)}\n"
+        text += table_rows([row["step"], *("" if row.get(name) is None else f"{row[name]:.4g}" for name in names)]
+                           for row in results)
+        picture = f"validation/step-{results[-1]['step']:06d}.png"
+        if (folder / picture).is_file():
+            text += f"\n\n![input, restored, target]({picture})\n"
+    text += f"\n## Licence\nThe base model's: for FLUX.1-Kontext-dev the [non-commercial licence]({KONTEXT_LICENCE}).\n"
+    data = ModelCardData(license="other", license_link=KONTEXT_LICENCE, base_model=args.base_model_id,
+                         library_name="diffusers", pipeline_tag="image-to-image", instance_prompt=args.instance_prompt,
+                         tags=["image-to-image", "image-restoration", "diffusers", "lora", "flux", "flux-kontext",
+                               "template:sd-lora"])
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+
+
+def folder_name(model_id):
+    return model_id.rpartition("/")[2]
+
+
+def table_rows(rows):
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def push_to_hub(args):
+    """Upload the LoRA, card, metrics and validation pictures; returns the repository's id."""
+    from huggingface_hub import create_repo, upload_folder
+
+    repository = create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True,
+                             token=args.hub_token).repo_id
+    upload_folder(repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
+                  commit_message="End of training",
+                  allow_patterns=["*.safetensors", "README.md", "metrics.jsonl", "validation/*.png"],
+                  ignore_patterns=["checkpoint-*", "latent_cache/*"])
+    return repository

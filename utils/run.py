@@ -1,0 +1,324 @@
+"""What every training run needs around its loop: Accelerate, folders, trackers, optimizer, schedule, stop signals,
+the guard against non-finite numbers."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint import any_checkpoint
+from utils.lora import LORA_FILE, load_state_dict, state_dict
+from utils.parse import public_args, writable_folder, write_json
+
+logger = logging.getLogger("kontext")
+
+
+def add_training_args(parser):
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", default="trained-flux-kontext-deg-lora", help="folder for all that is written")
+    group.add_argument("--seed", type=int, default=0, help="seed of data order, degradations, noise and LoRA")
+    group.add_argument("--train_batch_size", type=int, default=4, help="images per process and micro-step")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
+    group.add_argument("--num_train_epochs", type=int, default=1,
+                       help="epochs of ceil(items / global batch) steps; --max_train_steps wins")
+    group.add_argument("--max_train_steps", type=int, help="optimizer steps")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"],
+                       help="default bf16 on a GPU; a CPU always trains in fp32")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 for the fp32 matrices on a GPU")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradient clipping norm; 0 = off")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0 = none")
+    group.add_argument("--checkpoints_total_limit", type=int, help="keep at most so many checkpoints; default all")
+    group.add_argument("--resume_from_checkpoint", help="'latest' in --output_dir, or the path of one")
+    group.add_argument("--logging_steps", type=int, default=10,
+                       help="steps between read-backs of losses, each of which waits for the GPU")
+    group.add_argument("--logging_dir", default="logs", help="tracker files, below --output_dir")
+    group.add_argument("--report_to", default="tensorboard", help="any Accelerate tracker, 'all' or 'none'; "
+                       "metrics.jsonl is always written")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the finished LoRA and its card")
+    group.add_argument("--hub_model_id", help="repository to upload to; default: the output folder's name")
+    group.add_argument("--hub_token", help="token for --push_to_hub; better: `hf auth login`")
+
+
+def add_optimizer_args(parser):
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Prodigy wants 1")
+    group.add_argument("--scale_lr", action="store_true", help="multiply the rate by the global batch size")
+    group.add_argument("--lr_scheduler", default="constant",
+                       choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
+                                "polynomial", "piecewise_constant"], help="diffusers' schedules")
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help="steps; unused by constant")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    group.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
+    group.add_argument("--lr_step_rules", help="rules of piecewise_constant: '1:100,0.1:200,0.01' = factor 1 to step "
+                       "100, 0.1 to step 200, then 0.01")
+    group.add_argument("--optimizer", type=str.lower, default="adamw", choices=["adamw", "prodigy", "schedule_free"],
+                       help="AdamW, Prodigy or schedule-free AdamW")
+    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="first beta of every optimizer")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="second beta of every optimizer")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="weight decay of every optimizer")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of every optimizer")
+    group.add_argument("--prodigy_beta3", type=float, help="Prodigy's beta3; default sqrt(beta2)")
+    group.add_argument("--prodigy_decouple", type=true_or_false, default=True, help="Prodigy: AdamW-style decay")
+    group.add_argument("--prodigy_use_bias_correction", type=true_or_false, default=True, help="Prodigy's option")
+    group.add_argument("--prodigy_safeguard_warmup", type=true_or_false, default=True, help="Prodigy's option")
+
+
+def true_or_false(text):
+    """argparse type: the official script's `type=bool` takes every text, 'False' too, for true."""
+    if text.lower() in ("true", "1", "yes", "false", "0", "no"):
+        return text.lower() in ("true", "1", "yes")
+    raise ValueError(text)
+
+
+def check_training_args(args):
+    """Refuse impossible numbers before anything loads. ValueError names the flag."""
+    for name, least in {"train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
+                        "max_train_steps": 1, "logging_steps": 1, "checkpoints_total_limit": 1, "learning_rate": 0,
+                        "checkpointing_steps": 0, "seed": 0, "max_grad_norm": 0, "lr_warmup_steps": 0,
+                        "validation_steps": 1, "validation_epochs": 1, "num_validation_images": 0,
+                        "num_inference_steps": 1, "max_sequence_length": 1}.items():
+        value = getattr(args, name)
+        if value is not None and (value < least or not math.isfinite(value)):
+            raise ValueError(f"--{name} {value}: give {least} or more")
+    if args.max_sequence_length > 512:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
+    if not (0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1):
+        raise ValueError(f"--adam_beta1 {args.adam_beta1}, --adam_beta2 {args.adam_beta2}: give 0 or more, below 1")
+    if args.lr_step_rules and not re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", args.lr_step_rules):
+        raise ValueError(f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and a last factor, such as "
+                         "1:100,0.1:200,0.01")
+    if args.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16: FLUX overflows in fp16; use bf16")
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01")
+    if args.optimizer == "schedule_free" and args.lr_scheduler != "constant":
+        raise ValueError(f"--optimizer schedule_free replaces the schedule; leave --lr_scheduler constant, "
+                         f"not {args.lr_scheduler}")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise ValueError(f"--use_8bit_adam goes with --optimizer AdamW, not {args.optimizer}")
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        raise ValueError("--hub_token with --report_to wandb can leak the token; use `hf auth login`")
+    if args.hub_token and not args.push_to_hub:
+        raise ValueError("--hub_token without --push_to_hub; add the one or drop the other")
+
+
+def check_output_dir(args):
+    """Make --output_dir, and refuse one that holds a run unless that run is to be resumed: nothing is overwritten."""
+    folder = writable_folder(args.output_dir, "--output_dir")
+    if not args.resume_from_checkpoint and (any_checkpoint(folder) or (folder / LORA_FILE).exists()):
+        raise ValueError(f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint latest, or name "
+                         "another folder")
+
+
+def make_accelerator(args):
+    """Accelerator of this run. On a CPU it computes in fp32: bf16 there is emulated and slow."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    precision = args.mixed_precision or ("no" if use_cpu else "bf16")
+    if use_cpu and precision != "no":
+        print(f"--mixed_precision {precision}: no GPU, so this run computes in fp32", flush=True)
+        precision = "no"
+    if precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--mixed_precision bf16: this GPU has no bf16; use --mixed_precision no")
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        # The sampler is endless and an optimizer step never ends early, so the loader's end means nothing here.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # validation on rank 0 takes its time
+    )
+    level = logging.INFO if accelerator.is_local_main_process else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger.setLevel(level)
+    return accelerator
+
+
+def weight_dtype(accelerator):
+    """dtype of the frozen weights: bf16 under mixed precision, else fp32."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def start_run(accelerator, args, step):
+    """Write args.json, open the trackers, and cut metrics.jsonl back to `step`, the step that is resumed from."""
+    if not accelerator.is_main_process:
+        return
+    write_json(Path(args.output_dir) / "args.json", public_args(args))
+    log_file = Path(args.output_dir) / "metrics.jsonl"
+    if log_file.exists():
+        lines = [line for line in log_file.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        log_file.write_text("".join(line + "\n" for line in kept))
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_args(args).items()}
+    accelerator.init_trackers("flux-kontext-restoration", config=config)
+
+
+def log_metrics(accelerator, output_dir, values, step):
+    """Append one line to metrics.jsonl and tell the trackers. values: {name: float}; None stands for a number that
+    is not finite, which JSON cannot hold."""
+    if accelerator.is_main_process:
+        clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        with open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+        accelerator.log({k: v for k, v in clean.items() if v is not None}, step=step)
+
+
+def make_optimizer(parameters, args, num_processes):
+    """Optimizer over the LoRA's fp32 masters, by --optimizer and --use_8bit_adam."""
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    common = dict(lr=rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay,
+                  eps=args.adam_epsilon)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, beta3=args.prodigy_beta3, decouple=args.prodigy_decouple,
+                       use_bias_correction=args.prodigy_use_bias_correction,
+                       safeguard_warmup=args.prodigy_safeguard_warmup, **common)
+    if args.optimizer == "schedule_free":
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree(parameters, warmup_steps=args.lr_warmup_steps, **common)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **common)
+    return torch.optim.AdamW(parameters, **common)
+
+
+def make_lr_scheduler(optimizer, args):
+    """diffusers' schedule in optimizer steps; it is stepped once per step, whatever the number of processes."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(args.lr_scheduler, optimizer, step_rules=args.lr_step_rules,
+                         num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
+                         num_cycles=args.lr_num_cycles, power=args.lr_power)
+
+
+def set_optimizer_mode(optimizer, training):
+    """Schedule-free keeps two sets of weights: train() for steps, eval() for validation and saving. Others: no-op."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(inner, "train") and hasattr(inner, "eval"):
+        inner.train() if training else inner.eval()
+
+
+def identity(args, settings, items, num_processes):
+    """What a resumed run must have in common with the one it resumes, or its data, its optimizer state or the settings
+    stored in the LoRA file would not fit."""
+    names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
+             "lr_scheduler", "seed", "train_batch_size", "gradient_accumulation_steps", "weighting_scheme",
+             "degradation_types", "aspect_ratio_buckets"]
+    return settings | {name: getattr(args, name) for name in names} | {"images": items, "processes": num_processes}
+
+
+def collect_state(transformer, optimizer, lr_scheduler, ema):
+    """All that training carries from step to step, as a nested dict for checkpoint.save. No random state is among it:
+    every draw comes from an item's own generator."""
+    return {"lora": state_dict(transformer), "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(), "ema": ema.state_dict() if ema else None}
+
+
+def load_state(state, transformer, optimizer, lr_scheduler, ema):
+    """Put the state of checkpoint.load back, before accelerator.prepare."""
+    load_state_dict(transformer, state["lora"])
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if ema:
+        ema.load_state_dict(state["ema"])
+
+
+def report_skipped(skipped, output_dir):
+    """Append the files that could not be read ("path: reason") to unreadable.txt, and say so."""
+    if skipped:
+        logger.warning(f"{len(skipped)} images could not be read and were replaced, such as {skipped[0]}")
+        with open(Path(output_dir) / "unreadable.txt", "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in skipped)
+
+
+def log_image(accelerator, name, path, step):
+    """Show a picture file in every tracker that can hold images."""
+    import numpy as np
+    from PIL import Image
+
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(Image.open(path))[None]}, step=step, **layout)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT ask for a stop after the running step; a second SIGINT stops at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, accelerator, read_back):
+        """The signal's number, on every rank alike, else None. Several processes compare notes at a read-back only."""
+        if accelerator.num_processes == 1 or not read_back:
+            return self.received if accelerator.num_processes == 1 else None
+        noted = torch.tensor(float(self.received or 0), device=accelerator.device)
+        return int(accelerator.gather(noted.reshape(1)).max().item()) or None
+
+
+class FiniteGuard:
+    """Keeps non-finite numbers away from the weights without waiting for the device.
+
+    `protect` turns a non-finite loss into non-finite gradients, which the gradient average carries to every rank;
+    `filter` turns the gradients of such a step to zero on the device and notes it. `check`, at the next read-back,
+    stops training on all ranks and names the batch. Nothing is saved in between: saving reads back first."""
+
+    def __init__(self):
+        self.noted = []  # (step, flag on the device, files of the step's batches on this rank)
+        self.files = []
+
+    def protect(self, loss, files):
+        self.files += files
+        return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+
+    def filter(self, parameters, max_norm, step):
+        """Clip to max_norm (0 = off); returns the gradient norm as a tensor, before clipping."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm)
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for gradient in gradients:
+            gradient.masked_fill_(~finite, 0.0)
+        self.noted.append((step, ~finite, self.files))
+        self.files = []
+        return norm
+
+    def check(self, accelerator):
+        """At a read-back: ValueError on every rank if any step since the last one was not finite."""
+        noted, self.noted = self.noted, []
+        bad = torch.stack([flag for _, flag, _ in noted]) if noted else torch.zeros(1, dtype=torch.bool)
+        if not bad.any().item():
+            return
+        step, _, files = noted[bad.tolist().index(True)]
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            files = gather_object(files)
+        raise ValueError(f"loss or gradient of step {step} is not finite; it was kept from the weights, and "
+                         f"nothing was saved since. Its images: {', '.join(files)}. Try a lower --learning_rate, or "
+                         "look at these files")

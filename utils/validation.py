@@ -1,0 +1,95 @@
+"""Validation while training: held-out images restored with fixed seeds, scored, drawn; and a loss at fixed sigmas,
+which moves with the model and not with the luck of the draw."""
+
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import to_tensor
+
+from utils import flow_matching as fm
+from utils import flux, metrics, restore
+from utils.utils import image_grid
+
+LOSS_POSITIONS = (0.25, 0.5, 0.75, 1.0)
+
+
+def add_validation_args(parser):
+    group = parser.add_argument_group("validation")
+    group.add_argument("--heldout_root", help="folder of clean images that training never sees; they are degraded "
+                       "with fixed seeds, restored and scored. Without it nothing is validated")
+    group.add_argument("--heldout_lr_root", help="their stored degraded partners, instead of degrading them")
+    group.add_argument("--validation_steps", type=int, help="steps between validations; wins over epochs")
+    group.add_argument("--validation_epochs", type=int, default=50, help="epochs between validations")
+    group.add_argument("--num_validation_images", type=int, default=4, help="held-out images used each time")
+    group.add_argument("--num_inference_steps", type=int, help="sampling steps; default as in the test script")
+    group.add_argument("--validation_image", help="degraded image without a clean one: restored and drawn too")
+    group.add_argument("--validation_prompt", help="prompt of validation; default --instance_prompt")
+    group.add_argument("--lpips_backbone", help="file of AlexNet weights for LPIPS; default: torch's cache, and no "
+                       "LPIPS where it is not there")
+
+
+def default_steps(settings):
+    """Sampling steps where none are given: 28 from pure noise, as stock Kontext; 4 from a degraded start, or the
+    largest number up to 4 that a trained list of sigmas allows."""
+    if settings["start_noise"][1] == 1:
+        return 28
+    sigmas = settings["train_sigmas"]
+    if isinstance(sigmas, list):
+        return max(n for n in range(1, 5) if len(sigmas) % n == 0)
+    return 4
+
+
+def load_lpips(file):
+    """LPIPS on AlexNet from `file` or torch's cache; None when no file is named and the cache has none."""
+    return metrics.lpips_model(file) if file or "lpips" in metrics.available_metrics() else None
+
+
+@torch.no_grad()
+def fixed_sigma_loss(pipe, target, control, text, settings, seeds):
+    """Mean squared velocity error over LOSS_POSITIONS. target, control: latents (B, C, h, w); text of batch B."""
+    k = torch.full((len(target),), restore.choose_start_noise(settings), device=target.device)
+    noise = restore.draw_noise(target.shape[1:], seeds).to(target)
+    total = 0.0
+    for position in LOSS_POSITIONS:
+        s = torch.full_like(k, position)
+        z, sigma, velocity = fm.flow_path(target, control, noise, s, k, settings["bridge_noise"])
+        reference = control if settings["reference_tokens"] else None
+        with torch.autocast(z.device.type, text.prompt.dtype, enabled=text.prompt.dtype != torch.float32):
+            predicted = flux.predict_velocity(pipe.transformer, z, sigma, reference, text, settings["guidance_scale"])
+        total += (predicted.float() - velocity).square().mean().item()
+    return total / len(LOSS_POSITIONS)
+
+
+def validate(pipe, items, text, settings, steps, seed, grid_path, images=(), lpips=None):
+    """Restore and score held-out items with the live model; returns {name: float} and writes the grid picture.
+
+    items: dicts with target, control (3, H, W) in [-1, 1]. text: TextEmbeds of batch 1. images: (H, W, 3) uint8
+    degraded photographs without target. Everything random is drawn from `seed`, nothing from global state."""
+    device, was_training = next(pipe.vae.parameters()).device, pipe.transformer.training
+    pipe.transformer.eval()
+    scores, rows, captions = {}, [], []
+    for i, item in enumerate(items):
+        control, target = item["control"][None].to(device), item["target"][None].to(device)
+        restored = restore.restore(pipe, control, text, settings, steps, [seed + i])
+        score = {
+            "psnr": metrics.psnr(restored, target)[0], "ssim": metrics.ssim(restored, target)[0],
+            "psnr_input": metrics.psnr(control, target)[0], "ssim_input": metrics.ssim(control, target)[0],
+            "psnr_vae": metrics.psnr(restore.round_trip(pipe.vae, target), target)[0],
+            "loss": fixed_sigma_loss(pipe, flux.encode(pipe.vae, target), flux.encode(pipe.vae, control), text,
+                                     settings, [seed + i]),
+        }
+        if lpips is not None:
+            score["lpips"] = metrics.lpips_distance(lpips, restored, target)[0]
+        for name, value in score.items():
+            scores.setdefault(f"validation/{name}", []).append(float(value))
+        rows.append([control[0], restored[0], target[0]])
+        captions.append([f"{score['psnr_input']:.2f} dB", f"{score['psnr']:.2f} dB", ""])
+    for image in images:
+        control = (to_tensor(image) * 2 - 1)[None].to(device)
+        restored = restore.restore(pipe, control, text, settings, steps, [seed])
+        rows.append([control[0], restored[0], torch.ones_like(control[0])])
+        captions.append(["", "", "no target"])
+    pipe.transformer.train(was_training)
+    Path(grid_path).parent.mkdir(parents=True, exist_ok=True)
+    image_grid(rows, ["input", "restored", "target"], captions).save(grid_path)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
