@@ -1,0 +1,64 @@
+"""Two processes (gloo) on one machine."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_deg_lora_flux_kontext as script
+from tests.conftest import PROJECT_ROOT
+from utils.lora import LORA_FILE
+
+FLAGS = ("--resolution 32 --train_batch_size 1 --max_sequence_length 8 --rank 4 --report_to none --max_train_steps 4 "
+         "--checkpointing_steps 2 --start_noise 0.5 --lora_dropout 0.2 --logging_steps 1").split()
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, photos):
+    return ["--pretrained_model_name_or_path", tiny_model, "--hr_root", str(photos / "train"), *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def two_processes(flags, tmp_path_factory):
+    """Output folder of a straight run on two processes."""
+    folder = tmp_path_factory.mktemp("two") / "straight"
+    launch(flags, folder)
+    return folder
+
+
+def launch(flags, folder, *more):
+    # `accelerate launch --cpu --num_processes 2` runs one process in silence; torchrun runs two.
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543",
+         "train_deg_lora_flux_kontext.py", *flags, "--output_dir", str(folder), *more],
+        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_one_process_and_two_train_on_the_same_numbers(flags, two_processes, tmp_path):
+    args = script.parse_args([*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    script.main(args)
+    one, two = (load_file(folder / LORA_FILE) for folder in (tmp_path / "one", two_processes))
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (tmp_path / "one", two_processes)]
+    assert [a["loss/flow"] for a in rows[0]] == pytest.approx([b["loss/flow"] for b in rows[1]], rel=1e-5)
+    identity = json.loads((two_processes / "checkpoint-2" / "state.json").read_text())["identity"]
+    assert identity["processes"] == 2  # it really were two
+
+
+def test_resume_on_two_processes_equals_the_straight_run_to_the_bit(flags, two_processes, tmp_path):
+    shutil.copytree(two_processes / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    launch(flags, tmp_path / "resumed", "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "resumed" / LORA_FILE).read_bytes() == (two_processes / LORA_FILE).read_bytes()
+
+
+def test_resuming_on_another_number_of_processes_is_refused(flags, two_processes, tmp_path):
+    shutil.copytree(two_processes / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"processes \(was 2, now 1\)"):
+        script.main(script.parse_args([*flags, "--output_dir", str(tmp_path / "resumed"),
+                                       "--resume_from_checkpoint", "latest"]))

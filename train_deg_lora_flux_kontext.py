@@ -1,0 +1,261 @@
+"""Train a restoration LoRA on FLUX.1 Kontext: degraded photograph in, clean photograph out.
+
+Pairs are made on the fly (my_dataset/degradations.py). With x the clean latent, c the degraded one, eps noise:
+    start = (1 - k) c + k eps,   z = (1 - s) x + s start,   the model learns velocity = (z - x) / sigma, sigma = k s
+k is --start_noise: 1 is stock Kontext (noise to image, c in the reference tokens only), 0 the bridge from c to x.
+
+    accelerate launch train_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/FLUX.1-Kontext-dev \
+        --hr_root photos --heldout_root heldout --degradation_types downsample,noise,blur --max_train_steps 3000
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from my_dataset.dataset_deg_bucket import BucketBatchSampler
+from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args, use_one_thread
+from my_dataset.degradations import add_degradation_args, degrader_from_args
+from my_dataset.heldout import heldout_from_args, load_validation_images
+from utils import checkpoint, flux, lora, run, validation
+from utils import flow_matching as fm
+from utils.cache import encode_cached
+from utils.card import push_to_hub, write_model_card
+from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
+from utils.parse import make_parser, run_main
+from utils.restore import make_settings
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    flux.add_model_args(parser)
+    add_data_args(parser)
+    parser.add_argument("--instance_prompt", default="Restore this degraded photograph to high fidelity",
+                        help="prompt of every image without its own")
+    parser.add_argument("--cache_latents", action="store_true",
+                        help="keep the clean images' latents on disk; needs --center_crop and no --random_flip")
+    add_degradation_args(parser)
+    fm.add_flow_args(parser)
+    add_perceptual_args(parser)
+    lora.add_lora_args(parser)
+    run.add_optimizer_args(parser)
+    run.add_training_args(parser)
+    validation.add_validation_args(parser)
+    args = parser.parse_args(argv)
+
+    args.base_model_id = flux.model_id(args.pretrained_model_name_or_path)
+    run.check_training_args(args)
+    fm.check_flow_args(args)
+    lora.check_lora_args(args)
+    check_perceptual_args(args)
+    flux.check_model(args.pretrained_model_name_or_path)
+    if args.cache_latents and (not args.center_crop or args.random_flip or args.vae_encode_mode == "sample"):
+        raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, no --random_flip and "
+                         "--vae_encode_mode mode")
+    run.check_output_dir(args)
+    return args
+
+
+def training_step(pipe, transformer, perceptual, batch, text, args):
+    """Weighted losses of one batch, {name: scalar}, and nothing random but the items' own generators.
+
+    batch["target"], batch["control"]: (B, 3, H, W) in [-1, 1]; batch["seed"]: B integers. text: TextEmbeds of B."""
+    device = batch["target"].device
+    generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
+    torch.manual_seed(batch["seed"][0])  # LoRA dropout, the one draw that takes no generator
+
+    # Everything is drawn on the CPU: an item's numbers are the same on any device, rank and worker.
+    shape = flux.latent_shape(pipe.vae, *batch["target"].shape[-2:])
+    tokens = shape[1] * shape[2] // flux.PATCH**2
+    s = [fm.draw_position(generator, fm.parse_train_sigmas(args.train_sigmas), args.weighting_scheme, args.logit_mean,
+                          args.logit_std, args.mode_scale,
+                          mu=fm.resolution_mu(tokens) if args.timestep_shift == "resolution" else None,
+                          smallest=fm.SMALLEST_BRIDGE_POSITION if args.bridge_noise else 0.0)
+         for generator in generators]
+    k = [fm.draw_start_noise(generator, args.start_noise) for generator in generators]
+    noise, *vae_noise = (torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                         .to(device, non_blocking=True) for _ in range(3 if args.vae_encode_mode == "sample" else 1))
+    boxes = crop_boxes(*shape[1:], args.perceptual_crop, generators)
+
+    with torch.no_grad():
+        if args.cache_latents:
+            target = encode_cached(pipe.vae, batch["target"], Path(args.output_dir) / "latent_cache")
+        else:
+            target = flux.encode(pipe.vae, batch["target"], *vae_noise[:1])
+        control = flux.encode(pipe.vae, batch["control"], *vae_noise[1:])
+        z, sigma, velocity = fm.flow_path(target, control, noise, torch.tensor(s, device=device),
+                                          torch.tensor(k, device=device), args.bridge_noise)
+
+    reference = control if args.reference_tokens else None
+    prediction = flux.predict_velocity(transformer, z, sigma, reference, text, args.guidance_scale)
+    losses = {"flow": fm.weighted_mse(prediction, velocity, fm.loss_weight(args.weighting_scheme, sigma))}
+    if perceptual is not None:
+        levels = [position * (share or 1.0) for position, share in zip(s, k, strict=True)]
+        losses["perceptual"] = args.perceptual_loss_weight * perceptual_loss(
+            perceptual, pipe.vae, z, prediction, velocity, levels, batch["target"], boxes,
+            args.perceptual_loss_target, args.perceptual_max_sigma)
+    return losses
+
+
+def main(args):
+    # --- data: cheap to check, so it comes before any model
+    degrade = None if args.lr_root else degrader_from_args(args)
+    dataset = dataset_from_args(args, degrade, args.instance_prompt, args.seed)
+    heldout = heldout_from_args(args, dataset, degrade)
+    extra_images = load_validation_images(args)
+
+    accelerator = run.make_accelerator(args)
+    stop = run.StopSignal()
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if len(dataset) < args.train_batch_size * accelerator.num_processes:
+        raise ValueError(f"{len(dataset)} usable images are fewer than --train_batch_size {args.train_batch_size} x "
+                         f"{accelerator.num_processes} processes; lower it or add images")
+    steps_per_epoch = math.ceil(len(dataset) / global_batch)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    for path, reason in dataset.unreadable:
+        run.logger.warning(f"left out {path}: {reason}")
+
+    settings = make_settings(args)
+    identity = run.identity(args, settings, len(dataset), accelerator.num_processes)
+    resume_path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
+    step, state = checkpoint.load(resume_path, identity) if resume_path else (0, None)
+    run.start_run(accelerator, args, step)
+
+    # --- models. Text first: T5-XXL is gone before the transformer arrives.
+    device, dtype = accelerator.device, run.weight_dtype(accelerator)
+    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    validation_prompt = args.validation_prompt or args.instance_prompt
+    prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]
+    encoded = flux.encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype, args.max_sequence_length,
+                                  **where)
+    pipe = flux.load_models(args.pretrained_model_name_or_path, device, dtype, **where)
+    flux.check_sizes(pipe.vae, dataset.buckets)
+    lora_parameters = lora.attach(pipe.transformer, args.rank, args.lora_alpha, args.lora_dropout, args.lora_layers,
+                                  args.use_dora, args.use_rslora, args.seed)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    perceptual = None
+    if args.perceptual_loss:
+        perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to(device)
+    lpips = validation.load_lpips(args.lpips_backbone)
+
+    optimizer = run.make_optimizer(lora_parameters, args, accelerator.num_processes)
+    lr_scheduler = run.make_lr_scheduler(optimizer, args)
+    ema = lora.make_ema(lora_parameters, args.ema_decay) if args.use_ema else None
+    if state:
+        run.load_state(state, pipe.transformer, optimizer, lr_scheduler, ema)
+
+    consumed = step * args.gradient_accumulation_steps * accelerator.num_processes
+    loader = DataLoader(
+        dataset, batch_sampler=BucketBatchSampler(dataset.bucket_of, args.train_batch_size, args.seed, start=consumed),
+        collate_fn=collate_fn, num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
+    )
+    transformer, optimizer, loader = accelerator.prepare(pipe.transformer, optimizer, loader)
+    transformer.train()
+    run.set_optimizer_mode(optimizer, training=True)
+
+    # --- what is saved and validated
+    validation_text = encoded[validation_prompt].to(device, dtype)
+
+    def save_checkpoint():
+        if accelerator.is_main_process and step:
+            state = run.collect_state(pipe.transformer, optimizer, lr_scheduler, ema)
+            checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
+                            write_lora=lambda folder: lora.save(pipe.transformer, folder, settings))
+        accelerator.wait_for_everyone()
+
+    def validate():
+        if accelerator.is_main_process and (heldout or extra_images):
+            run.set_optimizer_mode(optimizer, training=False)
+            with lora.averaged(ema, lora_parameters):
+                grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
+                steps = args.num_inference_steps or validation.default_steps(settings)
+                scores = validation.validate(pipe, heldout, validation_text, settings, steps, args.seed, grid,
+                                             extra_images, lpips)
+            run.set_optimizer_mode(optimizer, training=True)
+            run.log_metrics(accelerator, args.output_dir, scores, step)
+            run.log_image(accelerator, "validation", grid, step)
+            numbers = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
+            tqdm.write(f"step {step}: {numbers}")
+        accelerator.wait_for_everyone()
+
+    # --- the loop
+    guard = run.FiniteGuard()
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process,
+                    desc="training", dynamic_ncols=True)
+    summed, since, skipped, waited = {}, 0, [], 0.0
+    started = time.perf_counter()
+    if step == 0:
+        validate()  # the base model, before any training
+    batches = iter(loader)
+    while step < args.max_train_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            with accelerator.accumulate(transformer):
+                text = flux.stack_text(encoded, batch["prompt"], device, dtype)
+                losses = training_step(pipe, transformer, perceptual, batch, text, args)
+                accelerator.backward(guard.protect(sum(losses.values()), batch["path"]))
+                if accelerator.sync_gradients:
+                    norm = guard.filter(lora_parameters, args.max_grad_norm, step + 1)
+                optimizer.step()
+                optimizer.zero_grad()
+            skipped += sum(batch["skipped"], [])
+            for name, value in losses.items():
+                summed[name] = summed.get(name, 0.0) + value.detach() / args.gradient_accumulation_steps
+        lr_scheduler.step()
+        if ema:
+            ema.step(lora_parameters)
+        step, since = step + 1, since + 1
+        progress.update()
+
+        # Every number read back waits for the device, so this happens only now and then.
+        is_last = step == args.max_train_steps
+        is_checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0
+        is_validation = is_last or step % validation_steps == 0
+        read_back = is_last or is_checkpoint or is_validation or step % args.logging_steps == 0
+        signal_number = stop.agreed(accelerator, read_back)
+        if read_back or signal_number:
+            guard.check(accelerator)
+            means = {f"loss/{name}": accelerator.reduce(value / since, "mean").item() for name, value in summed.items()}
+            run.log_metrics(accelerator, args.output_dir, means | {
+                "gradient_norm": norm.item(), "lr": lr_scheduler.get_last_lr()[0],
+                "seconds_per_step": (time.perf_counter() - started) / since, "data_seconds_per_step": waited / since,
+            }, step)
+            progress.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+            run.report_skipped(skipped, args.output_dir)
+            summed, since, skipped, waited, started = {}, 0, [], 0.0, time.perf_counter()
+        if is_checkpoint or signal_number:
+            save_checkpoint()
+        if signal_number:
+            progress.close()
+            run.logger.warning(f"stopped by signal {signal_number} after step {step}; go on with "
+                               "--resume_from_checkpoint latest")
+            accelerator.end_training()
+            return 128 + signal_number
+        if is_validation:
+            validate()
+            started = time.perf_counter()
+    progress.close()
+
+    if accelerator.is_main_process:
+        run.set_optimizer_mode(optimizer, training=False)
+        with lora.averaged(ema, lora_parameters):
+            path = lora.save(pipe.transformer, args.output_dir, settings)
+        write_model_card(args, settings, len(dataset))
+        print(f"LoRA: {path}")
+        if args.push_to_hub:
+            push_to_hub(args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(lambda: main(parse_args())))
