@@ -1,0 +1,315 @@
+"""Restore degraded photographs with FLUX.1 Kontext and a restoration LoRA, or score the LoRA on clean photographs.
+
+    python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/FLUX.1-Kontext-dev \
+        --lora outputs/my_lora --input old_photos --output restored
+    python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/FLUX.1-Kontext-dev \
+        --lora outputs/my_lora --clean heldout --degradation_types downsample,noise --output scores
+
+Start noise, sigmas, guidance, prompt and text length come from the LoRA file. An image of any size comes out at exactly
+its size, in 8 bits, with its ICC profile and EXIF; an alpha channel is carried over unchanged."""
+
+import argparse
+import contextlib
+import math
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from my_dataset.dataset_deg_paired import KERNELS, folder_records, item_seed, pair_records, to_tensor
+from my_dataset.degradations import add_degradation_args, degrader_from_args
+from my_dataset.images import MAX_PIXELS, load_image, save_image
+from my_dataset.outputs import is_done, plan_outputs, sidecar_path
+from my_dataset.scored_pairs import denoise_nlm, load_pairs
+from utils import flow_matching as fm
+from utils import flux, lora, metrics
+from utils.checkpoint import sha256
+from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
+from utils.restore import STOCK_SETTINGS, choose_start_noise, restore, round_trip
+from utils.score import ROWS, keep_best_nlm, readable, summarise, write_scores
+from utils.utils import to_uint8
+from utils.validation import default_steps
+
+NLM_STRENGTHS = (3, 5, 10, 15, 20, 25)
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    flux.add_model_args(parser)
+    parser.set_defaults(guidance_scale=None, max_sequence_length=None, vae_encode_mode=None)  # the LoRA file's
+    add = parser.add_argument
+    add("--lora", help="LoRA file, or the folder that holds it; without it the base model alone restores")
+    add("--lora_weight", type=float, default=1.0, help="strength of the LoRA; 0 switches it off")
+    add("--output", required=True, help="folder for everything that is written")
+    add("--prompt", help="default: the LoRA file's")
+    add("--num_inference_steps", type=int,
+        help="default: 28 for a LoRA trained at start noise 1; below, 4 or what its list of sigmas allows")
+    add("--start_noise", type=float, help="within the LoRA's trained range; default: its middle")
+    add("--seed", type=int, default=0, help="seed of the noise, and of the degradations in scoring")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, fp32 on the CPU")
+    add("--max_pixels", type=int, default=MAX_PIXELS, help="leave out images with more pixels than this")
+
+    add = parser.add_argument_group("restoring degraded images").add_argument
+    add("--input", help="image, or folder searched recursively; its structure is mirrored in --output")
+    add("--suffix", default="", help="added to the file name, before the extension")
+    add("--ext", default="auto", choices=["auto", "png", "jpg", "webp"], help="file format; auto: the input's")
+    add("--skip_existing", action=argparse.BooleanOptionalAction, default=True,
+        help="keep an output that decodes and was made from the same input with the same settings")
+    add("--num_images", type=int, default=1, help="restorations per image, with the seeds seed, seed + 1, ...")
+
+    add = parser.add_argument_group("scoring on clean images").add_argument
+    add("--clean", "--hr_root", help="folder of clean images: they are degraded, restored and compared")
+    add("--degraded", "--lr_root", help="folder of their stored degraded partners, instead of degrading them")
+    add("--allow_missing", action="store_true", help="leave out stored images without partner instead of stopping")
+    add("--upscale_kernel", choices=sorted(KERNELS), default="bicubic", help="enlarges smaller stored partners")
+    add("--max_images", type=int, help="score this many images, spread evenly over the sorted files")
+    add("--crop_px", type=int, default=0, help="score square crops of this side; 0: whole images")
+    add("--crops_per_image", type=int, default=1, help="crops per image, of a centred grid without overlap")
+    add("--metrics", help="comma list of psnr, ssim, lpips; default: psnr, ssim, and lpips if its weights are there")
+    add("--lpips_net", default="alex", choices=sorted(metrics.BACKBONES), help="backbone of LPIPS")
+    add("--lpips_backbone", help="its torchvision weight file; default: its place in the torch cache")
+    add("--base_row", action=argparse.BooleanOptionalAction, default=True,
+        help="also score the base model without LoRA, from pure noise at the same steps, prompt and guidance")
+    add("--nlm_row", action=argparse.BooleanOptionalAction, default=True,
+        help="also score OpenCV's non-local means, at the strength that is best on the scored images")
+    add("--grid_images", type=int, default=6, help="images drawn in grid.png")
+    add_degradation_args(parser)
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuse what can be refused before a model loads. ValueError naming the flag."""
+    if bool(args.input) == bool(args.clean):
+        raise ValueError("give either --input (restore degraded images) or --clean (score on clean images)")
+    if args.degraded and not args.clean:
+        raise ValueError("--degraded needs --clean with the clean images of the pairs")
+    for flag, least in (("num_images", 1), ("seed", 0), ("max_images", 1), ("crop_px", 0), ("crops_per_image", 1),
+                        ("grid_images", 0), ("max_pixels", 1), ("num_inference_steps", 1), ("max_sequence_length", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}: give {least} or more")
+    if (args.max_sequence_length or 1) > 512:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
+    for flag in ("lora_weight", "guidance_scale"):
+        if not math.isfinite(getattr(args, flag) or 0):
+            raise ValueError(f"--{flag} {getattr(args, flag)}: give a finite number")
+    if Path(args.suffix).name != args.suffix:
+        raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
+    flux.check_model(args.pretrained_model_name_or_path)
+
+
+def choose_device(args):
+    """(device, dtype) that --device and --dtype ask for. ValueError where the machine has no such thing."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device; use --device cpu, or install its CUDA build")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.dtype == "bf16" and device == "cpu":
+        raise ValueError("--dtype bf16 is slow and inexact on a CPU; use --dtype fp32")
+    if args.dtype == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--dtype bf16: this GPU has no bf16; use --dtype fp32")
+    dtype = torch.float32 if device == "cpu" or args.dtype == "fp32" else torch.bfloat16
+    return torch.device(device), dtype
+
+
+def resolve_settings(args):
+    """(settings, steps, start noise): the LoRA file's own, or stock Kontext's, with what the command line overrides."""
+    stored = lora.read_settings(args.lora) if args.lora else None
+    if args.lora and stored is None:
+        print(f"warning: {args.lora} holds no sampling settings; it is sampled as stock Kontext is", file=sys.stderr)
+    settings = STOCK_SETTINGS | (stored or {})
+    base, model = settings["base_model"], args.pretrained_model_name_or_path
+    if base and Path(base).name != Path(model).name:
+        print(f"warning: {args.lora} was trained on {base}, and the model is {model}", file=sys.stderr)
+    for name in ("prompt", "guidance_scale", "max_sequence_length", "vae_encode_mode"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    start_noise = choose_start_noise(settings, args.start_noise)
+    steps = args.num_inference_steps or default_steps(settings)
+    if start_noise < 1:
+        fm.sampling_positions(steps, settings["train_sigmas"])  # refuses steps that were never trained
+    return settings, steps, start_noise
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(what):
+    """Turn CUDA's out-of-memory error into a ValueError with the cure."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise ValueError(f"{what}: out of GPU memory; use --dtype bf16, smaller images (--crop_px in scoring), another "
+                         "GPU, or --device cpu") from error
+
+
+def load_models(args, settings, device, dtype):
+    """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt."""
+    where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+    path = args.pretrained_model_name_or_path
+    with out_of_memory_explained(path):
+        text = flux.encode_prompts(path, [settings["prompt"]], device, dtype, settings["max_sequence_length"], **where)
+        pipe = flux.load_models(path, device, dtype, **where)
+        if args.lora:
+            lora.load(pipe, args.lora, args.lora_weight)
+    return pipe, flux.stack_text(text, [settings["prompt"]], device, dtype)
+
+
+def restore_image(pipe, control, text, settings, steps, seed, start_noise):
+    """utils.restore.restore of one image (1, 3, H, W); ValueError where the model gives no numbers."""
+    restored = restore(pipe, control, text, settings, steps, [seed], start_noise)
+    if not restored.isfinite().all():
+        raise ValueError("the model gave NaN or infinity; use --dtype fp32 or a smaller --lora_weight")
+    return restored
+
+
+def describe_run(args, settings, steps, start_noise, dtype):
+    """All that a restoration depends on but its input and seed, JSON-safe: for sidecars and metrics.json."""
+    file = lora.find_file(args.lora) if args.lora else None
+    return {
+        "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
+        "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight},
+        "steps": steps, "sampled_start_noise": start_noise, "dtype": str(dtype), "settings": settings,
+    }
+
+
+def report_failures(failures, folder):
+    """Write failures.json, or remove an old one; name each failure on stderr. Returns the exit code, 1 or 0.
+    failures: [(path, exception)]."""
+    file = Path(folder, "failures.json")
+    file.unlink(missing_ok=True)
+    if failures:
+        write_json(file, [{"input": str(path), "reason": str(error)} for path, error in failures])
+    for path, error in failures:
+        print(f"failed: {path}: {str(error).removeprefix(f'{path}: ')}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def restore_files(args, settings, steps, start_noise, device, dtype):
+    """Restore every image of --input; returns 1 if some failed, else 0."""
+    run = describe_run(args, settings, steps, start_noise, dtype)
+    jobs, failures = [], []
+    plan = plan_outputs(args.input, args.output, args.suffix, args.ext, args.num_images)
+    for path, variant, output in plan:
+        try:
+            sidecar = {"input": path.name, "input_sha256": sha256(path), "seed": args.seed + variant} | run
+        except OSError as error:
+            failures.append((path, error))
+            continue
+        if not (args.skip_existing and is_done(output, sidecar)):
+            jobs.append((path, output, sidecar))
+    skipped = len(plan) - len(failures) - len(jobs)
+
+    pipe, text = load_models(args, settings, device, dtype) if jobs else (None, None)
+    for path, output, sidecar in tqdm(jobs, unit="image", disable=None):
+        try:
+            image = load_image(path, args.max_pixels)
+            height, width = image.rgb.shape[:2]
+            with out_of_memory_explained(f"{width}x{height} px"):
+                control = to_tensor(image.rgb)[None].to(device)
+                restored = restore_image(pipe, control, text, settings, steps, sidecar["seed"], start_noise)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            save_image(output, to_uint8(restored[0]), image.alpha, image.icc_profile, image.exif)
+            write_json(sidecar_path(output), sidecar)
+        except (ValueError, OSError) as error:
+            failures.append((path, error))
+    print(f"{len(plan) - skipped - len(failures)} restored, {skipped} already there, {len(failures)} failed: "
+          f"{args.output}")
+    return report_failures(failures, args.output)
+
+
+def make_rows(args, pipe, text, settings, steps, start_noise, target, control, seed):
+    """{row: image} of everything that is compared with `target`; all (1, 3, H, W) in [-1, 1]."""
+    rows = {"input": control, "input_vae": round_trip(pipe.vae, control)}
+    if args.nlm_row:
+        noisy = to_uint8(control[0])
+        rows |= {f"nlm_h{h}": to_tensor(denoise_nlm(noisy, h))[None].to(control.device) for h in NLM_STRENGTHS}
+    if args.base_row:
+        stock = STOCK_SETTINGS | {name: settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
+        if args.lora:
+            pipe.disable_lora()
+        rows["base"] = restore_image(pipe, control, text, stock, steps, seed, 1.0)
+        if args.lora:
+            pipe.enable_lora()
+    if args.lora:
+        rows["lora"] = restore_image(pipe, control, text, settings, steps, seed, start_noise)
+    return rows | {"ceiling": round_trip(pipe.vae, target)}
+
+
+def score_images(args, settings, steps, start_noise, device, dtype):
+    """Score on --clean; returns 1 if some images failed, else 0."""
+    names = metrics.available_metrics(args.lpips_backbone, args.lpips_net)
+    names = metrics.parse_metrics(args.metrics) if args.metrics else names
+    lpips = metrics.lpips_model(args.lpips_backbone, args.lpips_net).to(device) if "lpips" in names else None
+    if args.degraded:
+        degrade, records = None, pair_records(args.degraded, args.clean, args.allow_missing)
+    else:
+        degrade, records = degrader_from_args(args), folder_records(args.clean)
+    count = min(args.max_images or len(records), len(records))
+    pipe, text = load_models(args, settings, device, dtype)
+
+    scores, degradations, pictures, failures = [], [], [], []
+    for index in tqdm(np.linspace(0, len(records) - 1, count).round().astype(int).tolist(), unit="image", disable=None):
+        name, image_scores, params = records[index].name, [], []
+        try:
+            pairs = load_pairs(records[index], index, degrade, args.seed, args.crop_px, args.crops_per_image,
+                               args.upscale_kernel, args.max_pixels)
+            for crop, (target, control, degradation) in enumerate(pairs):
+                target, control = target.to(device), control.to(device)
+                with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
+                    rows = make_rows(args, pipe, text, settings, steps, start_noise, target, control,
+                                     item_seed(args.seed, crop, index))
+                    measured = {row: {key: values[0] for key, values in metrics.measure(
+                        image, target, names, lpips).items()} for row, image in rows.items()}
+                image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in rows]
+                params.append({"image": name, "crop": crop, "degradation": degradation})
+                if crop == 0:
+                    picture = {row: image[0].cpu() for row, image in (rows | {"target": target}).items()}, measured
+        except (ValueError, OSError) as error:
+            failures.append((name, error))
+            continue
+        scores, degradations = scores + image_scores, degradations + params
+        pictures += [picture] if len(pictures) < args.grid_images else []
+    code = report_failures(failures, args.output)
+    if not scores:
+        raise ValueError(f"--clean {args.clean}: not one image could be scored, see failures.json in {args.output}")
+
+    scores, nlm_strength = keep_best_nlm(scores)
+    table, gains = summarise(scores, args.seed)
+    labels = ROWS | {"nlm": f"{ROWS['nlm']} (h={nlm_strength}, best on this set)"}
+    report = {
+        "images": count - len(failures), "crops": len(degradations), "failed": len(failures),
+        "rows": readable(table, labels), "lora_minus": readable(gains, labels), "nlm_strength": nlm_strength,
+        "interval": "95 %, percentile bootstrap of the mean over images",
+        "definitions": {key: metrics.DEFINITIONS[key] for key in table["input"]},
+        "lpips_net": args.lpips_net if lpips else None,
+        "run": describe_run(args, settings, steps, start_noise, dtype), "arguments": public_args(args),
+        "degradations": degradations,
+        "versions": {"opencv": cv2.__version__} | {package: version(package) for package in (
+            "torch", "diffusers", "peft", "torchmetrics", "lpips", "numpy", "pillow")},
+    }
+    write_scores(args.output, scores, report, pictures)
+    print(f"\n{metrics.summary_table({labels[row]: values for row, values in table.items()})}\n")
+    for row, values in gains.items():
+        key, (mean, lo, hi) = next(iter(values.items()))
+        print(f"LoRA minus {labels[row]}: {key} {mean:+.3f} [{lo:+.3f}, {hi:+.3f}]")
+    print(f"n = {report['images']} images, {report['crops']} crops; mean [95 % interval]; {steps} steps, start noise "
+          f"{start_noise:g}, seed {args.seed}\nscores.csv, metrics.json, grid.png: {args.output}")
+    return code
+
+
+def main(args):
+    device, dtype = choose_device(args)
+    settings, steps, start_noise = resolve_settings(args)
+    writable_folder(args.output, "--output")
+    run = restore_files if args.input else score_images
+    return run(args, settings, steps, start_noise, device, dtype)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

@@ -1,0 +1,84 @@
+"""Scores of several restorations of the same images: means with intervals, gains, and the files that report them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from utils import metrics
+from utils.parse import write_json
+from utils.utils import image_grid
+
+ROWS = {
+    "input": "input (degraded)",
+    "input_vae": "input through the VAE",
+    "nlm": "non-local means",
+    "base": "base model without LoRA",
+    "lora": "LoRA (restored)",
+    "ceiling": "VAE round trip of the clean image (ceiling)",
+}
+GRID_LABELS = {"input": "input", "base": "base", "lora": "LoRA", "ceiling": "VAE ceiling", "target": "target"}
+
+
+def keep_best_nlm(scores):
+    """(scores, h): of the rows "nlm_h3", "nlm_h5", ... the one with the best mean of the first metric becomes "nlm",
+    the others go; h None where there are none. The baseline's one parameter is thus tuned on the very images it is
+    scored on, which favours it."""
+    trials = {row: [] for row in dict.fromkeys(score["row"] for score in scores) if row.startswith("nlm_h")}
+    if not trials:
+        return scores, None
+    name = next(name for name in scores[0] if name in metrics.DEFINITIONS)
+    for score in scores:
+        if score["row"] in trials:
+            trials[score["row"]].append(score[name])
+    best = (min if name == "lpips" else max)(trials, key=lambda row: np.mean(trials[row]))
+    kept = [score for score in scores if score["row"] == best or score["row"] not in trials]
+    return [score | {"row": "nlm"} if score["row"] == best else score for score in kept], int(best[len("nlm_h"):])
+
+
+def summarise(scores, seed=0):
+    """(rows, gains): {row: {metric: (mean, lo, hi)}} in the order of ROWS, and the same of "lora" minus each row.
+
+    scores: dicts of image, row and metrics, every image with the same rows. The crops of an image are averaged first:
+    images are independent, crops of one image are not. Gains are paired by image; {} without LoRA."""
+    names = [name for name in metrics.DEFINITIONS if name in scores[0]]
+    images = {}
+    for score in scores:
+        images.setdefault(score["row"], {}).setdefault(score["image"], []).append([score[name] for name in names])
+    values = {row: np.array([np.mean(crops, axis=0) for crops in images[row].values()])
+              for row in ROWS if row in images}
+
+    def intervals(table):
+        return {name: metrics.bootstrap_interval(table[:, i], seed) for i, name in enumerate(names)}
+
+    gains = {row: intervals(values["lora"] - values[row]) for row in values if "lora" in values and row != "lora"}
+    return {row: intervals(table) for row, table in values.items()}, gains
+
+
+def readable(rows, labels):
+    """{row: {metric: (mean, lo, hi)}} with names instead of places, for JSON."""
+    return {row: {"label": labels[row]} | {name: dict(zip(("mean", "lo", "hi"), values, strict=True))
+                                           for name, values in table.items()} for row, table in rows.items()}
+
+
+def caption(values):
+    """'28.31 dB / ssim 0.812' of {metric: value}; '' of {}."""
+    return " / ".join(f"{value:.2f} dB" if name == "psnr" else f"{name} {value:.3f}"
+                      for name, value in values.items() if not name.endswith("_y"))
+
+
+def write_scores(folder, scores, report, pictures):
+    """Write scores.csv, a line per image, crop and row; metrics.json; and, if there are pictures, grid.png.
+    pictures: ({row or "target": image (3, H, W)}, {row: {metric: value}}) of each image to draw."""
+    folder = Path(folder)
+    with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(scores[0]))
+        writer.writeheader()
+        writer.writerows(scores)
+    write_json(folder / "metrics.json", report)
+    if pictures:
+        columns = [column for column in GRID_LABELS if column in pictures[0][0]]
+        image_grid([[images[column] for column in columns] for images, _ in pictures],
+                   [GRID_LABELS[column] for column in columns],
+                   [[caption(measured.get(column, {})) for column in columns] for _, measured in pictures],
+                   ).save(folder / "grid.png")
