@@ -56,9 +56,13 @@ def model_id(path):
 def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=()):
     """Stock FluxKontextPipeline without the components named in `skip`. ValueError with the cure where the hub says
     no: no network, a gated model without a token, a name that does not exist."""
+    from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from transformers.utils import logging as transformers_logging
 
     check_model(path)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # one bar a component buries the one that counts
     try:
         return FluxKontextPipeline.from_pretrained(
             path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Trains a restoration LoRA, restores photographs it never saw, and scores them against the clean originals.
+#
+#   bash run_scripts.sh                                                     the embedded model and photographs, on a CPU
+#   HR_ROOT=photos HELDOUT_ROOT=heldout bash run_scripts.sh                 the embedded model, your photographs
+#   MODEL_NAME=/path/to/FLUX.1-Kontext-dev HR_ROOT=photos HELDOUT_ROOT=heldout bash run_scripts.sh      the real thing
+#
+# Arguments go to the training script and win over what stands here: bash run_scripts.sh --max_train_steps 100
+#   OUTPUT_DIR       folder for all that is written
+#   PERCEPTUAL       with MODEL_NAME: vgg (the default) or lpips, which need a weight file, gradient, or none
+#   NUM_PROCESSES    training processes, one a GPU
+#   KONTEXT_PYTHON   Python of an environment of your own; nothing is installed then
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup_env.sh"
+
+[[ " $* " != *" --output_dir"* ]] || die "name the folder with OUTPUT_DIR=folder bash $0, not with --output_dir"
+[[ -z "${HR_ROOT:-}" || -d "$HR_ROOT" ]] ||
+  die "HR_ROOT=$HR_ROOT: no such folder; name your folder of clean photographs"
+
+if [[ -n "${MODEL_NAME:-}" ]]; then
+  [[ -n "${HR_ROOT:-}" ]] || die "HR_ROOT is not set; name your folder of clean photographs: HR_ROOT=photos bash $0"
+  OUTPUT_DIR="${OUTPUT_DIR:-$ROOT/outputs/$(basename "$MODEL_NAME")-$(date +%Y%m%d-%H%M%S)}"
+  training=(
+    --mixed_precision bf16
+    --instance_prompt "Restore this degraded photograph to high fidelity"
+    --resolution 512
+    --train_batch_size 4
+    --gradient_accumulation_steps 4
+    --learning_rate 1e-4
+    --max_train_steps 3000
+    --degradation_types "downsample,noise,blur"
+    --dataloader_num_workers 4
+  )
+  [[ "${PERCEPTUAL:=vgg}" == none ]] || training+=(--perceptual_loss "$PERCEPTUAL")
+  scoring=(--crops_per_image 1)
+else
+  MODEL_NAME="$ROOT/assets/tiny-kontext"
+  if [[ -z "${HR_ROOT:-}" || -z "${HELDOUT_ROOT:-}" ]]; then
+    (cd "$ROOT" && "$PYTHON" -m scripts.download_dataset sample)
+  fi
+  HR_ROOT="${HR_ROOT:-$ROOT/data/sample/train}"
+  HELDOUT_ROOT="${HELDOUT_ROOT:-$ROOT/data/sample/heldout}"
+  OUTPUT_DIR="${OUTPUT_DIR:-$ROOT/outputs/tiny-kontext-$(date +%Y%m%d-%H%M%S)}"
+  # Two threads of a tiny model wait for each other more than they compute: waiting must not keep a core busy.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+  export DIFFUSERS_VERBOSITY=error TRANSFORMERS_VERBOSITY=error # they remark on the tiny model's own autoencoder
+  training=(
+    --resolution 128
+    --rank 16
+    --train_batch_size 4
+    --max_sequence_length 32
+    --crop_zoom 1-4
+    --random_flip
+    --learning_rate 4e-3
+    --lr_scheduler cosine
+    --lr_warmup_steps 10
+    --max_train_steps 600
+    --start_noise 0
+    # Blur and grain: the base model knows coloured noise, not the grey grain of film.
+    --degradation_types "blur,noise"
+    --blur_radius 0.5-1.0
+    --noise_level 0.12
+    --gray_noise_probability 1
+    --checkpointing_steps 200
+    --checkpoints_total_limit 1
+    --validation_steps 200
+  )
+  scoring=(--max_images 50 --crops_per_image 2)
+  [[ "$HELDOUT_ROOT" != "$ROOT/data/sample/heldout" ]] || scoring=(--crops_per_image 12)
+fi
+[[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")
+
+"${LAUNCH[@]}" "$ROOT/train_deg_lora_flux_kontext.py" --pretrained_model_name_or_path "$MODEL_NAME" \
+  --hr_root "$HR_ROOT" --output_dir "$OUTPUT_DIR" "${training[@]}" "$@"
+
+if [[ -z "${HELDOUT_ROOT:-}" ]]; then
+  echo "LoRA, model card and validation: $OUTPUT_DIR. With HELDOUT_ROOT=folder it would now be scored on photographs" \
+    "that training never saw."
+  exit
+fi
+
+# Scored as it was trained, whatever the arguments above changed.
+trained="$("$PYTHON" - "$OUTPUT_DIR/args.json" <<'END'
+import json, sys
+args = json.load(open(sys.argv[1]))
+prefixes = "degradation_", "lr_scale", "noise_", "gray_noise_", "blur_", "jpeg_", "downsample_", "upsample_"
+print(f"--crop_px={args['resolution']}", *(f"--{k}={v}" for k, v in args.items() if k.startswith(prefixes)), sep="\n")
+END
+)"
+while IFS= read -r option; do
+  scoring+=("$option")
+done <<<"$trained"
+"$PYTHON" "$ROOT/test_deg_lora_flux_kontext.py" --pretrained_model_name_or_path "$MODEL_NAME" --lora "$OUTPUT_DIR" \
+  --clean "$HELDOUT_ROOT" --output "$OUTPUT_DIR" "${scoring[@]}"
+
+echo "
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. All of it lies in $OUTPUT_DIR:
+  grid.png                           degraded, restored and clean photographs side by side
+  metrics.json, scores.csv           the table above, and every image's scores
+  pytorch_lora_weights.safetensors   the LoRA; README.md describes it"
