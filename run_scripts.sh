@@ -65,7 +65,7 @@ else
     --checkpoints_total_limit 1
     --validation_steps 200
   )
-  scoring=(--max_images 50 --crops_per_image 2)
+  scoring=(--max_images 50)
   [[ "$HELDOUT_ROOT" != "$ROOT/data/sample/heldout" ]] || scoring=(--crops_per_image 12)
 fi
 [[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")

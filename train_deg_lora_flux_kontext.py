@@ -189,7 +189,7 @@ def main(args):
     # --- the loop
     guard = run.FiniteGuard()
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process,
-                    desc="training", dynamic_ncols=True)
+                    desc="training", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     summed, since, skipped, waited = {}, 0, [], 0.0
     started = time.perf_counter()
     if step == 0:

@@ -57,7 +57,7 @@ def ssim_255(restored, target):
     if min(height, width) < SSIM_WINDOW_PX:
         raise ValueError(f"SSIM needs images of {SSIM_WINDOW_PX} px or more, got {width}x{height}; leave ssim out of "
                          "--metrics")
-    _, windows = structural_similarity_index_measure(restored.double(), target.double(), sigma=1.5, data_range=255.0,
+    _, windows = structural_similarity_index_measure(restored.float(), target.float(), sigma=1.5, data_range=255.0,
                                                      kernel_size=SSIM_WINDOW_PX, return_full_image=True)
     # torchmetrics' own mean counts windows over a mirrored border too, which the published numbers do not
     rim = SSIM_WINDOW_PX // 2
