@@ -34,7 +34,7 @@ from utils.score import ROWS, keep_best_nlm, readable, summarise, write_scores
 from utils.utils import to_uint8
 from utils.validation import default_steps
 
-NLM_STRENGTHS = (3, 5, 10, 15, 20, 25)
+NLM_STRENGTHS = (3, 6, 10, 15, 20, 30, 40, 60)
 
 
 def parse_args(argv=None):
