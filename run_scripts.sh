@@ -50,6 +50,7 @@ else
     --train_batch_size 4
     --max_sequence_length 32
     --crop_zoom 1-4
+    --dataloader_num_workers 1
     --random_flip
     --learning_rate 4e-3
     --lr_scheduler cosine

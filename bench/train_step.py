@@ -60,7 +60,7 @@ def flux_latents(vae, pixels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--train_batch_size", type=int, default=8)
+    parser.add_argument("--train_batch_size", type=int, default=4)
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--max_sequence_length", type=int, default=32)
     parser.add_argument("--hr_root", default="data/sample/train")

@@ -209,3 +209,17 @@ def test_a_file_in_place_of_a_folder_is_refused_by_flag(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path / 'file'} is a file"):
         parse.writable_folder(tmp_path / "file", "--output_dir")
+
+
+def test_out_of_gpu_memory_ends_in_one_line_with_the_cure(capsys):
+    import torch
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    with pytest.raises(SystemExit) as stop:
+        parse.run_main(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--gradient_checkpointing" in error
+    with pytest.raises(RuntimeError, match="another"):  # any other fault keeps its traceback
+        parse.run_main(lambda: (_ for _ in ()).throw(RuntimeError("another")))

@@ -40,6 +40,12 @@ def run_main(main):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("KONTEXT_TRACEBACK"):  # torch's, not imported
+            raise
+        print("error: out of GPU memory; lower --train_batch_size or --resolution, or add --gradient_checkpointing "
+              f"({str(error).partition('.')[0]})", file=sys.stderr)
+        sys.exit(2)
     sys.exit(code or 0)
 
 

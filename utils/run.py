@@ -239,6 +239,7 @@ def load_state(state, transformer, optimizer, lr_scheduler, ema):
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if ema:
         ema.load_state_dict(state["ema"])
+        ema.to(next(transformer.parameters()).device)  # unlike an optimizer it stays where its state was read
 
 
 def report_skipped(skipped, output_dir):
