@@ -85,6 +85,8 @@ trained="$("$PYTHON" - "$OUTPUT_DIR/args.json" <<'END'
 import json, sys
 args = json.load(open(sys.argv[1]))
 prefixes = "degradation_", "lr_scale", "noise_", "gray_noise_", "blur_", "jpeg_", "downsample_", "upsample_"
+if args["heldout_lr_root"]:
+    print(f"--degraded={args['heldout_lr_root']}", f"--upscale_kernel={args['upscale_kernel']}", sep="\n")
 print(f"--crop_px={args['resolution']}", *(f"--{k}={v}" for k, v in args.items() if k.startswith(prefixes)), sep="\n")
 END
 )"

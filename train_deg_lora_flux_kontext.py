@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from my_dataset.dataset_deg_bucket import BucketBatchSampler
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args, use_one_thread
-from my_dataset.degradations import add_degradation_args, degrader_from_args
+from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
 from utils import checkpoint, flux, lora, run, validation
 from utils import flow_matching as fm
@@ -53,9 +53,10 @@ def parse_args(argv=None):
     lora.check_lora_args(args)
     check_perceptual_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
-    if args.cache_latents and (not args.center_crop or args.random_flip or args.vae_encode_mode == "sample"):
-        raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, no --random_flip and "
-                         "--vae_encode_mode mode")
+    fixed_crop = args.center_crop and not args.random_flip and len(set(parse_range(args.crop_zoom, "--crop_zoom"))) == 1
+    if args.cache_latents and (not fixed_crop or args.vae_encode_mode == "sample"):
+        raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, one --crop_zoom, "
+                         "no --random_flip and --vae_encode_mode mode")
     run.check_output_dir(args)
     return args
 
@@ -109,7 +110,7 @@ def main(args):
     extra_images = load_validation_images(args)
 
     accelerator = run.make_accelerator(args)
-    stop = run.StopSignal()
+    stop = run.StopSignal(accelerator.num_processes)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if len(dataset) < args.train_batch_size * accelerator.num_processes:
         raise ValueError(f"{len(dataset)} usable images are fewer than --train_batch_size {args.train_batch_size} x "
@@ -117,14 +118,13 @@ def main(args):
     steps_per_epoch = math.ceil(len(dataset) / global_batch)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
-    for path, reason in dataset.unreadable:
-        run.logger.warning(f"left out {path}: {reason}")
-
     settings = make_settings(args)
     identity = run.identity(args, settings, len(dataset), accelerator.num_processes)
     resume_path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
     step, state = checkpoint.load(resume_path, identity) if resume_path else (0, None)
     run.start_run(accelerator, args, step)
+    if accelerator.is_main_process and step == 0:
+        run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
     device, dtype = accelerator.device, run.weight_dtype(accelerator)
@@ -164,22 +164,24 @@ def main(args):
     # --- what is saved and validated
     validation_text = encoded[validation_prompt].to(device, dtype)
 
+    def write_lora(folder):
+        with run.evaluation_weights(optimizer, ema, lora_parameters):
+            return lora.save(pipe.transformer, folder, settings)
+
     def save_checkpoint():
         if accelerator.is_main_process and step:
             state = run.collect_state(pipe.transformer, optimizer, lr_scheduler, ema)
             checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
-                            write_lora=lambda folder: lora.save(pipe.transformer, folder, settings))
+                            write_lora=write_lora)
         accelerator.wait_for_everyone()
 
     def validate():
         if accelerator.is_main_process and (heldout or extra_images):
-            run.set_optimizer_mode(optimizer, training=False)
-            with lora.averaged(ema, lora_parameters):
+            with run.evaluation_weights(optimizer, ema, lora_parameters):
                 grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
                 steps = args.num_inference_steps or validation.default_steps(settings)
                 scores = validation.validate(pipe, heldout, validation_text, settings, steps, args.seed, grid,
                                              extra_images, lpips)
-            run.set_optimizer_mode(optimizer, training=True)
             run.log_metrics(accelerator, args.output_dir, scores, step)
             run.log_image(accelerator, "validation", grid, step)
             numbers = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
@@ -222,7 +224,7 @@ def main(args):
         is_checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0
         is_validation = is_last or step % validation_steps == 0
         read_back = is_last or is_checkpoint or is_validation or step % args.logging_steps == 0
-        signal_number = stop.agreed(accelerator, read_back)
+        signal_number = stop.agreed()
         if read_back or signal_number:
             guard.check(accelerator)
             means = {f"loss/{name}": accelerator.reduce(value / since, "mean").item() for name, value in summed.items()}
@@ -231,7 +233,7 @@ def main(args):
                 "seconds_per_step": (time.perf_counter() - started) / since, "data_seconds_per_step": waited / since,
             }, step)
             progress.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
-            run.report_skipped(skipped, args.output_dir)
+            run.report_skipped(skipped, args.output_dir, "replaced")
             summed, since, skipped, waited, started = {}, 0, [], 0.0, time.perf_counter()
         if is_checkpoint or signal_number:
             save_checkpoint()
@@ -247,9 +249,7 @@ def main(args):
     progress.close()
 
     if accelerator.is_main_process:
-        run.set_optimizer_mode(optimizer, training=False)
-        with lora.averaged(ema, lora_parameters):
-            path = lora.save(pipe.transformer, args.output_dir, settings)
+        path = write_lora(args.output_dir)
         write_model_card(args, settings, len(dataset))
         print(f"LoRA: {path}")
         if args.push_to_hub:

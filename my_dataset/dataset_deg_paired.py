@@ -348,7 +348,9 @@ def collate_fn(items):
 
 
 def use_one_thread(worker_id):
-    """worker_init_fn: loader processes share the cores already; OpenCV's own threads would fight them."""
+    """worker_init_fn: loader processes share the cores already; OpenCV's own threads would fight them. A signal to the
+    trainer's process group (Ctrl-C, torchrun's SIGTERM) is the trainer's to answer: it still needs its loaders."""
+    os.setsid()
     cv2.setNumThreads(1)
 
 

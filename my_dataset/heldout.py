@@ -18,7 +18,7 @@ def heldout_from_args(args, training, degrade):
         records = pair_records(args.heldout_lr_root, args.heldout_root)
     else:
         records = folder_records(args.heldout_root)
-        if degrade is None:
+        if degrade is None or training.is_paired:
             raise ValueError("--heldout_root beside stored pairs needs --heldout_lr_root with their degraded partners")
     check_no_overlap([r.target for r in training.records if isinstance(r.target, Path)], [r.target for r in records])
     dataset = DegDataset(records, degrade, args.resolution, crop="center", seed=args.seed,

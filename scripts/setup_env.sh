@@ -83,6 +83,7 @@ else
   fi
 fi
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # a step and a save take their time
 LAUNCH=("$PYTHON")
 if ((${NUM_PROCESSES:-1} > 1)); then
   LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES")

@@ -29,6 +29,7 @@ def run(tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Image.new("RGB", (8, 8)).save(folder / "validation" / "step-000010.png")
     return SimpleNamespace(
+        lr_root=None,
         output_dir=str(folder), base_model_id="black-forest-labs/FLUX.1-Kontext-dev", max_train_steps=10, seed=3,
         degradation_types="downsample,noise", instance_prompt="Restore | this: photograph", hub_model_id=None,
         hub_token="hf_secret")

@@ -117,9 +117,9 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_checkpoint(tmp_path, kind):
 
 
 def test_8bit_states_are_really_8_bit(tmp_path):
-    parameter = torch.nn.Parameter(torch.randn(64, 128))
-    optimizer = make_optimizer("8bit", [parameter])
-    take_steps(optimizer, [parameter], 1, seed=0)
+    parameters = [torch.nn.Parameter(torch.randn(64, 128)) for _ in range(2)]  # two share bitsandbytes' maps
+    optimizer = make_optimizer("8bit", parameters)
+    take_steps(optimizer, parameters, 1, seed=0)
     path = save(tmp_path, 1, state={"optimizer": optimizer.state_dict()})
     quantised = {name for name, tensor in load_file(path / "state.safetensors").items() if tensor.dtype == torch.uint8}
     assert {name.rpartition(".")[2] for name in quantised} >= {"state1", "state2"}

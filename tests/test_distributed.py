@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 import train_deg_lora_flux_kontext as script
 from tests.conftest import PROJECT_ROOT
+from utils import checkpoint
 from utils.lora import LORA_FILE
 
 FLAGS = ("--resolution 32 --train_batch_size 1 --max_sequence_length 8 --rank 4 --report_to none --max_train_steps 4 "
@@ -62,3 +64,19 @@ def test_resuming_on_another_number_of_processes_is_refused(flags, two_processes
     with pytest.raises(ValueError, match=r"processes \(was 2, now 1\)"):
         script.main(script.parse_args([*flags, "--output_dir", str(tmp_path / "resumed"),
                                        "--resume_from_checkpoint", "latest"]))
+
+
+def test_sigterm_to_the_launcher_saves_on_all_ranks_before_the_end(flags, tmp_path):
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29544",
+               "train_deg_lora_flux_kontext.py", *flags, "--output_dir", str(out), "--max_train_steps", "100000",
+               "--checkpointing_steps", "0", "--dataloader_num_workers", "1"]
+    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) != 0
+    (step, path), = checkpoint.list_checkpoints(out)
+    assert step >= 1 and checkpoint.fault(path) is None

@@ -80,7 +80,7 @@ def test_a_training_file_among_the_held_out_ones_is_refused_by_name_whatever_it_
 
 
 def test_training_records_from_a_table_are_no_files_to_compare(photos):
-    training = SimpleNamespace(records=[Record("table[0]", target=object())])
+    training = SimpleNamespace(records=[Record("table[0]", target=object())], is_paired=False)
     assert len(heldout_from_args(make_args(photos), training, add_noise)) == 2
 
 

@@ -13,10 +13,11 @@ def write_model_card(args, settings, images):
     folder = Path(args.output_dir)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     results = [row for row in map(json.loads, lines) if any(key.startswith("validation/") for key in row)]
+    damage = "on stored pairs" if args.lr_root else f"with degradations `{args.degradation_types}` made on the fly"
     text = f"""# Restoration LoRA for {args.base_model_id}
 
-Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, with degradations
-`{args.degradation_types}` made on the fly. The settings that sampling needs are stored in the file and read back.
+Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, {damage}.
+The settings that sampling needs are stored in the file and read back.
 
 ```bash
 python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/{folder_name(args.base_model_id)} \\

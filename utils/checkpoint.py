@@ -25,7 +25,7 @@ def flatten(value, tensors, name=""):
     TypeError for anything that JSON cannot hold exactly."""
     if isinstance(value, torch.Tensor):
         name = name if name not in tensors else f"{name}#{len(tensors)}"  # {"a.b": ...} beside {"a": {"b": ...}}
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # 8-bit states share
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, flatten(item, tensors, f"{name}.{key}")] for key, item in value.items()]}

@@ -1,6 +1,7 @@
 """What every training run needs around its loop: Accelerate, folders, trackers, optimizer, schedule, stop signals,
 the guard against non-finite numbers."""
 
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import any_checkpoint
-from utils.lora import LORA_FILE, load_state_dict, state_dict
+from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
 from utils.parse import public_args, writable_folder, write_json
 
 logger = logging.getLogger("kontext")
@@ -53,7 +54,8 @@ def add_optimizer_args(parser):
     group.add_argument("--lr_scheduler", default="constant",
                        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
                                 "polynomial", "piecewise_constant"], help="diffusers' schedules")
-    group.add_argument("--lr_warmup_steps", type=int, default=500, help="steps; unused by constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=500,
+                       help="steps; no use to constant, but to schedule_free")
     group.add_argument("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
     group.add_argument("--lr_step_rules", help="rules of piecewise_constant: '1:100,0.1:200,0.01' = factor 1 to step "
@@ -79,7 +81,9 @@ def true_or_false(text):
 
 
 def check_training_args(args):
-    """Refuse impossible numbers before anything loads. ValueError names the flag."""
+    """Refuse impossible values before anything loads. ValueError names the flag."""
+    from accelerate.tracking import get_available_trackers
+
     for name, least in {"train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
                         "max_train_steps": 1, "logging_steps": 1, "checkpoints_total_limit": 1, "learning_rate": 0,
                         "checkpointing_steps": 0, "seed": 0, "max_grad_norm": 0, "lr_warmup_steps": 0,
@@ -108,6 +112,10 @@ def check_training_args(args):
         raise ValueError("--hub_token with --report_to wandb can leak the token; use `hf auth login`")
     if args.hub_token and not args.push_to_hub:
         raise ValueError("--hub_token without --push_to_hub; add the one or drop the other")
+    known = {"none", "all", *(str(getattr(name, "value", name)) for name in get_available_trackers())}
+    if args.report_to not in known:
+        raise ValueError(f"--report_to {args.report_to}: no such tracker is installed; there are "
+                         f"{', '.join(sorted(known))}")
 
 
 def check_output_dir(args):
@@ -209,6 +217,22 @@ def make_lr_scheduler(optimizer, args):
                          num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
+@contextlib.contextmanager
+def evaluation_weights(optimizer, ema, parameters):
+    """Inside, the LoRA holds what is validated and saved: its moving average, or schedule-free's own; afterwards the
+    weights that are trained, to the bit, which schedule-free's way back alone would miss by a rounding."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    set_optimizer_mode(optimizer, training=False)
+    try:
+        with averaged(ema, parameters):
+            yield
+    finally:
+        set_optimizer_mode(optimizer, training=True)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
 def set_optimizer_mode(optimizer, training):
     """Schedule-free keeps two sets of weights: train() for steps, eval() for validation and saving. Others: no-op."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -242,10 +266,11 @@ def load_state(state, transformer, optimizer, lr_scheduler, ema):
         ema.to(next(transformer.parameters()).device)  # unlike an optimizer it stays where its state was read
 
 
-def report_skipped(skipped, output_dir):
-    """Append the files that could not be read ("path: reason") to unreadable.txt, and say so."""
+def report_skipped(skipped, output_dir, what):
+    """Append the files that could not be read ("path: reason") to unreadable.txt, and say how many and `what` was done
+    about them ("left out", "replaced")."""
     if skipped:
-        logger.warning(f"{len(skipped)} images could not be read and were replaced, such as {skipped[0]}")
+        logger.warning(f"{len(skipped)} images could not be read and were {what}, such as {skipped[0]}")
         with open(Path(output_dir) / "unreadable.txt", "a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in skipped)
 
@@ -262,10 +287,14 @@ def log_image(accelerator, name, path, step):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT ask for a stop after the running step; a second SIGINT stops at once."""
+    """SIGTERM or SIGINT ask for a stop after the running step; a second SIGINT stops at once.
 
-    def __init__(self):
+    Several processes agree on it over gloo, on the CPU, so that asking after every step waits for no device. Make it
+    on every rank, after the Accelerator."""
+
+    def __init__(self, num_processes=1):
         self.received = None
+        self.group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -273,12 +302,13 @@ class StopSignal:
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, accelerator, read_back):
-        """The signal's number, on every rank alike, else None. Several processes compare notes at a read-back only."""
-        if accelerator.num_processes == 1 or not read_back:
-            return self.received if accelerator.num_processes == 1 else None
-        noted = torch.tensor(float(self.received or 0), device=accelerator.device)
-        return int(accelerator.gather(noted.reshape(1)).max().item()) or None
+    def agreed(self):
+        """The signal's number, on every rank alike, else None."""
+        if self.group is None:
+            return self.received
+        noted = torch.tensor(self.received or 0)
+        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(noted) or None
 
 
 class FiniteGuard:
