@@ -8,7 +8,6 @@ k is --start_noise: 1 is stock Kontext (noise to image, c in the reference token
         --hr_root photos --heldout_root heldout --degradation_types downsample,noise,blur --max_train_steps 3000
 """
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from my_dataset.dataset_deg_bucket import BucketBatchSampler
+from my_dataset.dataset_deg_bucket import BucketBatchSampler, batches_per_epoch
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args, use_one_thread
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
@@ -72,11 +71,11 @@ def training_step(pipe, transformer, perceptual, batch, text, args):
     # Everything is drawn on the CPU: an item's numbers are the same on any device, rank and worker.
     shape = flux.latent_shape(pipe.vae, *batch["target"].shape[-2:])
     tokens = shape[1] * shape[2] // flux.PATCH**2
-    s = [fm.draw_position(generator, fm.parse_train_sigmas(args.train_sigmas), args.weighting_scheme, args.logit_mean,
-                          args.logit_std, args.mode_scale,
-                          mu=fm.resolution_mu(tokens) if args.timestep_shift == "resolution" else None,
-                          smallest=fm.SMALLEST_BRIDGE_POSITION if args.bridge_noise else 0.0)
-         for generator in generators]
+    train_sigmas = fm.parse_train_sigmas(args.train_sigmas)
+    mu = fm.resolution_mu(tokens) if args.timestep_shift == "resolution" else None
+    smallest = fm.SMALLEST_BRIDGE_POSITION if args.bridge_noise else 0.0
+    s = [fm.draw_position(generator, train_sigmas, args.weighting_scheme, args.logit_mean, args.logit_std,
+                          args.mode_scale, mu, smallest) for generator in generators]
     k = [fm.draw_start_noise(generator, args.start_noise) for generator in generators]
     noise, *vae_noise = (torch.stack([torch.randn(shape, generator=generator) for generator in generators])
                          .to(device, non_blocking=True) for _ in range(3 if args.vae_encode_mode == "sample" else 1))
@@ -111,11 +110,11 @@ def main(args):
 
     accelerator = run.make_accelerator(args)
     stop = run.StopSignal(accelerator.num_processes)
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if len(dataset) < args.train_batch_size * accelerator.num_processes:
         raise ValueError(f"{len(dataset)} usable images are fewer than --train_batch_size {args.train_batch_size} x "
                          f"{accelerator.num_processes} processes; lower it or add images")
-    steps_per_epoch = math.ceil(len(dataset) / global_batch)
+    steps_per_epoch = batches_per_epoch(len(dataset), args.train_batch_size * args.gradient_accumulation_steps,
+                                        accelerator.num_processes)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
     settings = make_settings(args)
