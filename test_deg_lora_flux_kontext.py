@@ -6,7 +6,8 @@
         --lora outputs/my_lora --clean heldout --degradation_types downsample,noise --output scores
 
 Start noise, sigmas, guidance, prompt and text length come from the LoRA file. An image of any size comes out at exactly
-its size, in 8 bits, with its ICC profile and EXIF; an alpha channel is carried over unchanged."""
+its size, in 8 bits, with its ICC profile and EXIF; an alpha channel is carried over unchanged. What is larger than the
+LoRA's training size is restored in overlapping tiles."""
 
 import argparse
 import contextlib
@@ -28,9 +29,19 @@ from my_dataset.scored_pairs import denoise_nlm, load_pairs
 from utils import flow_matching as fm
 from utils import flux, lora, metrics
 from utils.checkpoint import sha256
+from utils.color import COLOR_FIXES, color_fix
 from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
-from utils.restore import STOCK_SETTINGS, choose_start_noise, restore, round_trip
-from utils.score import ROWS, keep_best_nlm, readable, summarise, write_scores
+from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
+from utils.score import DEFINITIONS, ROWS, keep_best_nlm, measure, readable, summarise, write_scores
+from utils.tiles import (
+    WHOLE,
+    add_tile_args,
+    check_tile_args,
+    choose_tiling,
+    restore_tiled,
+    round_trip_tiled,
+    within_memory,
+)
 from utils.utils import to_uint8
 from utils.validation import default_steps
 
@@ -49,10 +60,15 @@ def parse_args(argv=None):
     add("--num_inference_steps", type=int,
         help="default: 28 for a LoRA trained at start noise 1; below, 4 or what its list of sigmas allows")
     add("--start_noise", type=float, help="within the LoRA's trained range; default: its middle")
+    add("--fidelity", type=float, help="instead of --start_noise; 1: the lowest that was trained, closest to the "
+        "image; 0: the highest, which invents most")
+    add("--color_fix", default="off", choices=COLOR_FIXES, help="take colours from the degraded image: its low "
+        "frequencies (wavelet) or its channels' mean and spread (adain); brings back fading, yellowing and darkness")
     add("--seed", type=int, default=0, help="seed of the noise, and of the degradations in scoring")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, fp32 on the CPU")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="leave out images with more pixels than this")
+    add_tile_args(parser)
 
     add = parser.add_argument_group("restoring degraded images").add_argument
     add("--input", help="image, or folder searched recursively; its structure is mirrored in --output")
@@ -100,6 +116,9 @@ def check_args(args):
     for flag in ("lora_weight", "guidance_scale"):
         if not math.isfinite(getattr(args, flag) or 0):
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a finite number")
+    if args.fidelity is not None and (args.start_noise is not None or not 0 <= args.fidelity <= 1):
+        raise ValueError(f"--fidelity {args.fidelity}: give 0 to 1, without --start_noise, which it stands for")
+    check_tile_args(args)
     if Path(args.suffix).name != args.suffix:
         raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
     flux.check_model(args.pretrained_model_name_or_path)
@@ -130,7 +149,8 @@ def resolve_settings(args):
     for name in ("prompt", "guidance_scale", "max_sequence_length", "vae_encode_mode"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
-    start_noise = choose_start_noise(settings, args.start_noise)
+    wanted = args.start_noise if args.fidelity is None else fidelity_start_noise(settings, args.fidelity)
+    start_noise = choose_start_noise(settings, wanted)
     steps = args.num_inference_steps or default_steps(settings)
     if start_noise < 1:
         fm.sampling_positions(steps, settings["train_sigmas"])  # refuses steps that were never trained
@@ -144,8 +164,8 @@ def out_of_memory_explained(what):
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise ValueError(f"{what}: out of GPU memory; use --dtype bf16, smaller images (--crop_px in scoring), another "
-                         "GPU, or --device cpu") from error
+        raise ValueError(f"{what}: out of GPU memory; use --dtype bf16, a smaller --tile, --crop_px in scoring, "
+                         "another GPU, or --device cpu") from error
 
 
 def load_models(args, settings, device, dtype):
@@ -160,12 +180,17 @@ def load_models(args, settings, device, dtype):
     return pipe, flux.stack_text(text, [settings["prompt"]], device, dtype)
 
 
-def restore_image(pipe, control, text, settings, steps, seed, start_noise):
-    """utils.restore.restore of one image (1, 3, H, W); ValueError where the model gives no numbers."""
-    restored = restore(pipe, control, text, settings, steps, [seed], start_noise)
-    if not restored.isfinite().all():
-        raise ValueError("the model gave NaN or infinity; use --dtype fp32 or a smaller --lora_weight")
-    return restored
+def by_tiles(run, vae, image, tiling):
+    """run(tiling), with smaller tiles where memory does not suffice for `image`."""
+    return within_memory(run, tiling, *image.shape[-2:], flux.size_multiple(vae))
+
+
+def restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling=WHOLE, color="off"):
+    """Restored image of `control`, both (1, 3, H, W) in [-1, 1]: in tiles, then `color`, one of COLOR_FIXES. On the
+    CPU. ValueError where the model gives no numbers."""
+    restored = by_tiles(lambda tiling: restore_tiled(pipe, control, text, settings, steps, seed, start_noise, tiling),
+                        pipe.vae, control, tiling)
+    return color_fix(restored, control.cpu(), color)
 
 
 def describe_run(args, settings, steps, start_noise, dtype):
@@ -175,6 +200,7 @@ def describe_run(args, settings, steps, start_noise, dtype):
         "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
         "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight},
         "steps": steps, "sampled_start_noise": start_noise, "dtype": str(dtype), "settings": settings,
+        "tile": args.tile, "tile_overlap": args.tile_overlap, "color_fix": args.color_fix,
     }
 
 
@@ -205,14 +231,16 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
             jobs.append((path, output, sidecar))
     skipped = len(plan) - len(failures) - len(jobs)
 
-    pipe, text = load_models(args, settings, device, dtype) if jobs else (None, None)
+    if jobs:
+        pipe, text = load_models(args, settings, device, dtype)
+        tiling = choose_tiling(args, settings, pipe.vae)
     for path, output, sidecar in tqdm(jobs, unit="image", disable=None):
         try:
             image = load_image(path, args.max_pixels)
             height, width = image.rgb.shape[:2]
             with out_of_memory_explained(f"{width}x{height} px"):
-                control = to_tensor(image.rgb)[None].to(device)
-                restored = restore_image(pipe, control, text, settings, steps, sidecar["seed"], start_noise)
+                restored = restore_image(pipe, to_tensor(image.rgb)[None], text, settings, steps, sidecar["seed"],
+                                         start_noise, tiling, args.color_fix)
             output.parent.mkdir(parents=True, exist_ok=True)
             save_image(output, to_uint8(restored[0]), image.alpha, image.icc_profile, image.exif)
             write_json(sidecar_path(output), sidecar)
@@ -224,21 +252,29 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
 
 
 def make_rows(args, pipe, text, settings, steps, start_noise, target, control, seed):
-    """{row: image} of everything that is compared with `target`; all (1, 3, H, W) in [-1, 1]."""
-    rows = {"input": control, "input_vae": round_trip(pipe.vae, control)}
+    """{row: image} of everything that is compared with `target`; all (1, 3, H, W) in [-1, 1] on the CPU."""
+    tiling = choose_tiling(args, settings, pipe.vae)
+
+    def round_trip(image):
+        return by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)
+
+    def restore(settings, start_noise):
+        return restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling, args.color_fix)
+
+    rows = {"input": control, "input_vae": round_trip(control)}
     if args.nlm_row:
         noisy = to_uint8(control[0])
-        rows |= {f"nlm_h{h}": to_tensor(denoise_nlm(noisy, h))[None].to(control.device) for h in NLM_STRENGTHS}
+        rows |= {f"nlm_h{h}": to_tensor(denoise_nlm(noisy, h))[None] for h in NLM_STRENGTHS}
     if args.base_row:
         stock = STOCK_SETTINGS | {name: settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
         if args.lora:
             pipe.disable_lora()
-        rows["base"] = restore_image(pipe, control, text, stock, steps, seed, 1.0)
+        rows["base"] = restore(stock, 1.0)
         if args.lora:
             pipe.enable_lora()
     if args.lora:
-        rows["lora"] = restore_image(pipe, control, text, settings, steps, seed, start_noise)
-    return rows | {"ceiling": round_trip(pipe.vae, target)}
+        rows["lora"] = restore(settings, start_noise)
+    return rows | {"ceiling": round_trip(target)}
 
 
 def score_images(args, settings, steps, start_noise, device, dtype):
@@ -260,16 +296,15 @@ def score_images(args, settings, steps, start_noise, device, dtype):
             pairs = load_pairs(records[index], index, degrade, args.seed, args.crop_px, args.crops_per_image,
                                args.upscale_kernel, args.max_pixels)
             for crop, (target, control, degradation) in enumerate(pairs):
-                target, control = target.to(device), control.to(device)
                 with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
                     rows = make_rows(args, pipe, text, settings, steps, start_noise, target, control,
                                      item_seed(args.seed, crop, index))
-                    measured = {row: {key: values[0] for key, values in metrics.measure(
-                        image, target, names, lpips).items()} for row, image in rows.items()}
+                    measured = {row: measure(image.to(device), target.to(device), names, lpips)
+                                for row, image in rows.items()}
                 image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in rows]
                 params.append({"image": name, "crop": crop, "degradation": degradation})
                 if crop == len(pairs) // 2:  # the middle of the photograph says more than its corner
-                    picture = {row: image[0].cpu() for row, image in (rows | {"target": target}).items()}, measured
+                    picture = {row: image[0] for row, image in (rows | {"target": target}).items()}, measured
         except (ValueError, OSError) as error:
             failures.append((name, error))
             continue
@@ -286,7 +321,7 @@ def score_images(args, settings, steps, start_noise, device, dtype):
         "images": count - len(failures), "crops": len(degradations), "failed": len(failures),
         "rows": readable(table, labels), "lora_minus": readable(gains, labels), "nlm_strength": nlm_strength,
         "interval": "95 %, percentile bootstrap of the mean over images",
-        "definitions": {key: metrics.DEFINITIONS[key] for key in table["input"]},
+        "definitions": {key: DEFINITIONS[key] for key in table["input"]},
         "lpips_net": args.lpips_net if lpips else None,
         "run": describe_run(args, settings, steps, start_noise, dtype), "arguments": public_args(args),
         "degradations": degradations,

@@ -31,6 +31,12 @@ def random_latents(seed, batch=1):
     return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def sample(pipe, control, text, settings, steps, seeds, start_noise=None):
+    """restore_latents with the noise of `seeds`."""
+    noise = restore.sampling_noise(settings, control.shape[1:], steps, seeds)
+    return restore.restore_latents(pipe, control, text, settings, steps, noise, start_noise)
+
+
 def photo_tensor(name, size):
     return torch.from_numpy(photograph(name, size).copy()).movedim(-1, 0)[None].float() / 127.5 - 1
 
@@ -92,7 +98,7 @@ def test_start_noise_1_equals_stock_kontext_in_latents_and_pixels(stock_and_ours
 
     control = photo_tensor("astronaut", (height, width))
     text, settings = flux.TextEmbeds(prompt, pooled), make_settings()
-    latents = restore.restore_latents(tiny_pipe, flux.encode(tiny_pipe.vae, control), text, settings, steps, [3])
+    latents = sample(tiny_pipe, flux.encode(tiny_pipe.vae, control), text, settings, steps, [3])
     torch.testing.assert_close(flux.pack(latents), run_stock("latent"), rtol=0, atol=1e-5)
     pixels = restore.restore(tiny_pipe, control, text, settings, steps, [3])
     torch.testing.assert_close((pixels + 1) / 2, run_stock("pt"), rtol=0, atol=1e-5)
@@ -100,9 +106,9 @@ def test_start_noise_1_equals_stock_kontext_in_latents_and_pixels(stock_and_ours
 
 def test_the_lora_changes_the_restoration(tiny_pipe, tiny_lora):
     text, control = random_text(1), random_latents(0)
-    base = restore.restore_latents(tiny_pipe, control, text, make_settings(), 2, [0])
+    base = sample(tiny_pipe, control, text, make_settings(), 2, [0])
     lora.load(tiny_pipe, tiny_lora)
-    assert (restore.restore_latents(tiny_pipe, control, text, make_settings(), 2, [0]) - base).abs().max() > 1e-2
+    assert (sample(tiny_pipe, control, text, make_settings(), 2, [0]) - base).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("timestep_shift", ["none", "resolution"])
@@ -112,7 +118,7 @@ def test_transformer_receives_the_trained_pairs_whatever_the_scheduler_says(star
     target, control = random_latents(1), random_latents(2)
     pipe = oracle_pipe(target, **config)
     settings = make_settings(start_noise=[start_noise] * 2, timestep_shift=timestep_shift)
-    restored = restore.restore_latents(pipe, control, random_text(1), settings, STEPS, [9])
+    restored = sample(pipe, control, random_text(1), settings, STEPS, [9])
 
     noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9))
     start = (1 - start_noise) * control + start_noise * noise
@@ -139,7 +145,7 @@ def test_sampling_from_the_degraded_latent_recovers_the_target(steps, bridge_noi
     target, control = random_latents(1), random_latents(2)
     pipe = oracle_pipe(target, shift=3.0, use_dynamic_shifting=True)
     settings = make_settings(start_noise=[0.0, 0.0], bridge_noise=bridge_noise)
-    restored = restore.restore_latents(pipe, control, random_text(1), settings, steps, [0])
+    restored = sample(pipe, control, random_text(1), settings, steps, [0])
     torch.testing.assert_close(pipe.transformer.seen[0][0], control)
     torch.testing.assert_close(restored, target, rtol=0, atol=1e-5)
 
@@ -150,7 +156,7 @@ def test_bridge_noise_enters_the_sampling_between_its_ends():
     for bridge_noise in (0.0, 0.4):
         pipe = oracle_pipe(target)
         settings = make_settings(start_noise=[0.0, 0.0], bridge_noise=bridge_noise)
-        restore.restore_latents(pipe, control, random_text(1), settings, 2, [0])
+        sample(pipe, control, random_text(1), settings, 2, [0])
         seen.append(pipe.transformer.seen[1][0])
     spread = (seen[1] - seen[0]).std().item()
     assert spread == pytest.approx(0.4 * 0.5, rel=0.1)  # b sqrt(s (1 - s)) at s = 1/2
@@ -160,7 +166,7 @@ def test_start_noise_1_follows_the_model_folders_scheduler():
     target = random_latents(1)
     for config in SCHEDULERS:
         pipe = oracle_pipe(target, **config)
-        restore.restore_latents(pipe, random_latents(2), random_text(1), make_settings(), STEPS, [0])
+        sample(pipe, random_latents(2), random_text(1), make_settings(), STEPS, [0])
         pipe.scheduler.set_timesteps(sigmas=[1 - i / STEPS for i in range(STEPS)], mu=fm.resolution_mu(12))
         told = torch.cat([told for _, told in pipe.transformer.seen])
         torch.testing.assert_close(told, pipe.scheduler.sigmas[:-1])
@@ -169,7 +175,7 @@ def test_start_noise_1_follows_the_model_folders_scheduler():
 def test_sampling_leaves_the_pipelines_scheduler_alone():
     pipe = oracle_pipe(random_latents(1), shift=3.0)
     before = pipe.scheduler.sigmas.clone()
-    restore.restore_latents(pipe, random_latents(2), random_text(1), make_settings(), 3, [0])
+    sample(pipe, random_latents(2), random_text(1), make_settings(), 3, [0])
     assert torch.equal(pipe.scheduler.sigmas, before) and pipe.scheduler.step_index is None
 
 
@@ -184,7 +190,7 @@ def test_the_middle_of_the_trained_range_is_the_default_start_noise():
 def test_start_noise_outside_the_trained_range_is_refused(start_noise):
     pipe = oracle_pipe(random_latents(1))
     with pytest.raises(ValueError, match="--start_noise .* 0.25 to 0.75"):
-        restore.restore_latents(pipe, random_latents(2), random_text(1), make_settings(start_noise=[0.25, 0.75]), 2,
+        sample(pipe, random_latents(2), random_text(1), make_settings(start_noise=[0.25, 0.75]), 2,
                                 [0], start_noise)
     assert not pipe.transformer.seen
 
@@ -193,17 +199,17 @@ def test_start_noise_outside_the_trained_range_is_refused(start_noise):
 def test_zero_steps_are_refused(start_noise):
     settings = make_settings(start_noise=[start_noise] * 2)
     with pytest.raises(ValueError, match="--num_inference_steps 0"):
-        restore.restore_latents(oracle_pipe(random_latents(1)), random_latents(2), random_text(1), settings, 0, [0])
+        sample(oracle_pipe(random_latents(1)), random_latents(2), random_text(1), settings, 0, [0])
 
 
 def test_a_lora_trained_on_listed_sigmas_is_sampled_at_those_only():
     target = random_latents(1)
     settings = make_settings(start_noise=[0.5, 0.5], train_sigmas=[1.0, 0.75, 0.5, 0.25])
     pipe = oracle_pipe(target)
-    restore.restore_latents(pipe, random_latents(2), random_text(1), settings, 2, [0])
+    sample(pipe, random_latents(2), random_text(1), settings, 2, [0])
     assert [told.item() for _, told in pipe.transformer.seen] == [0.5, 0.25]
     with pytest.raises(ValueError, match=r"--num_inference_steps 3.*\[1, 2, 4\]"):
-        restore.restore_latents(pipe, random_latents(2), random_text(1), settings, 3, [0])
+        sample(pipe, random_latents(2), random_text(1), settings, 3, [0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 61), (9, 7), (16, 16), (17, 33), (1, 40)])
@@ -270,7 +276,7 @@ def test_without_reference_tokens_the_transformer_sees_half_the_tokens():
     for reference_tokens, factor in ((True, 2), (False, 1)):
         pipe = oracle_pipe(target)
         settings = make_settings(start_noise=[0.5, 0.5], reference_tokens=reference_tokens)
-        restore.restore_latents(pipe, random_latents(2), random_text(1), settings, 2, [0])
+        sample(pipe, random_latents(2), random_text(1), settings, 2, [0])
         assert pipe.transformer.tokens == [factor * own] * 2
 
 
@@ -278,7 +284,7 @@ def test_guidance_of_the_settings_reaches_the_transformer(tiny_pipe):
     control, seen = random_latents(2), []
     tiny_pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["guidance"].tolist()), with_kwargs=True)
-    restore.restore_latents(tiny_pipe, control, random_text(1), make_settings(guidance_scale=1.25), 1, [0])
+    sample(tiny_pipe, control, random_text(1), make_settings(guidance_scale=1.25), 1, [0])
     assert seen == [[1.25]]
 
 
@@ -287,8 +293,51 @@ def test_settings_hold_what_sampling_needs_and_survive_json():
 
     args = SimpleNamespace(start_noise="0.25-0.5", bridge_noise=0.0, train_sigmas="1,0.5", timestep_shift="none",
                            reference_tokens=False, vae_encode_mode="sample", guidance_scale=1.0,
-                           max_sequence_length=77, instance_prompt="clean", resolution=64, base_model_id="tiny")
+                           max_sequence_length=77, instance_prompt="clean", resolution=64, base_model_id="tiny",
+                           use_bucket_sampler=False, aspect_ratio_buckets=None)
     settings = restore.make_settings(args)
     assert settings.keys() == restore.STOCK_SETTINGS.keys()
     assert json.loads(json.dumps(settings)) == settings
     assert settings["start_noise"] == [0.25, 0.5] and settings["train_sigmas"] == [1.0, 0.5]
+    assert settings["resolution"] == 64
+    for buckets in ({"use_bucket_sampler": True}, {"aspect_ratio_buckets": "32:64"}):  # --resolution was not used
+        assert restore.make_settings(SimpleNamespace(**vars(args) | buckets))["resolution"] is None
+
+
+def test_noise_of_a_crop_and_of_a_stack_is_the_noise_of_the_whole():
+    settings = make_settings(start_noise=[0.0, 0.0], bridge_noise=0.4, vae_encode_mode="sample")
+    noise = restore.sampling_noise(settings, SHAPE, 3, [5])
+    assert len(noise.bridge) == 2  # the last step adds none
+    halves = [noise.crop(slice(None), slice(start, start + 4)) for start in (0, 4)]
+    both = restore.stack_noise(halves)
+    for field, stacked in zip([noise.start, noise.vae, *noise.bridge], [both.start, both.vae, *both.bridge],
+                              strict=True):
+        assert torch.equal(torch.cat(list(stacked), -1), field[0])
+    fields = [noise.start, noise.vae, *noise.bridge]
+    assert all((a - b).abs().max() > 1 for i, a in enumerate(fields) for b in fields[:i])
+    plain = restore.sampling_noise(make_settings(), SHAPE, 3, [5])
+    assert torch.equal(plain.start, noise.start) and plain.vae is None and not plain.bridge
+
+
+def test_restorations_are_bit_equal_to_those_from_one_draw_after_the_other(tiny_pipe):
+    """Bridge noise and posterior noise, written out step by step."""
+    settings = make_settings(start_noise=[0.0, 0.0], bridge_noise=0.4, vae_encode_mode="sample")
+    control, text = photo_tensor("astronaut", (32, 48)), random_text(1)
+    vae_noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(7 ^ 0xC0DE))
+    z = latents = flux.encode(tiny_pipe.vae, control, vae_noise)
+    draws = torch.Generator().manual_seed(7 ^ 0x5EED)
+    with torch.no_grad():
+        for s, s_next in ((1.0, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0.0)):
+            velocity = flux.predict_velocity(tiny_pipe.transformer, z, torch.tensor([s]), latents, text, 1.7)
+            z = fm.flow_step(z, velocity, s, s_next, s, s_next, 0.4, torch.randn(1, 16, 4, 6, generator=draws))
+        expected = flux.decode(tiny_pipe.vae, z).clamp(-1, 1)
+    torch.testing.assert_close(restore.restore(tiny_pipe, control, text, settings, 3, [7]), expected, rtol=0, atol=0)
+
+
+def test_fidelity_turns_start_noise_within_the_trained_range():
+    settings = make_settings(start_noise=[0.25, 0.75])
+    noise = [restore.fidelity_start_noise(settings, fidelity) for fidelity in (0, 0.25, 1)]
+    assert noise == [0.75, 0.625, 0.25]
+    assert all(restore.choose_start_noise(settings, k) == k for k in noise)
+    with pytest.raises(ValueError, match="--fidelity 0.5: .* start noise 1 alone.*--lora_weight"):
+        restore.fidelity_start_noise(make_settings(), 0.5)

@@ -19,7 +19,7 @@ from my_dataset.outputs import plan_outputs
 from my_dataset.scored_pairs import crop_boxes
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
-from utils import lora, score
+from utils import lora, restore, score
 from utils.parse import run_main
 
 ORIENTATION, MAKE = 0x0112, 0x010F
@@ -95,8 +95,8 @@ def test_start_noise_1_equals_stock_kontext_in_pixels(call, tiny_model, tmp_path
     from diffusers import FluxKontextPipeline
 
     seen = []
-    restore = script.restore
-    monkeypatch.setattr(script, "restore", lambda *args: seen.append(restore(*args)) or seen[-1])
+    restore = script.restore_tiled
+    monkeypatch.setattr(script, "restore_tiled", lambda *args: seen.append(restore(*args)) or seen[-1])
     path = write(tmp_path / "a.png")
     flags = ["--prompt", "mend it", "--guidance_scale", "3.5", "--seed", "7", "--dtype", "fp32", "--device", "cpu"]
     assert call("--input", path, *flags, steps=3)[0] == 0
@@ -175,6 +175,52 @@ def test_sampling_outside_what_was_trained_is_refused(call, tiny_lora, tmp_path)
     assert (described["steps"], described["sampled_start_noise"]) == (2, 0.3)
 
 
+def test_fidelity_is_the_start_noise_within_the_trained_range(call, tiny_lora, tmp_path):
+    path = write(tmp_path / "a.png")
+    ranged = with_settings(tmp_path / "ranged", tiny_lora, start_noise=[0.25, 0.75])
+    pixels = []
+    for fidelity, start_noise in ((1, 0.25), (0, 0.75), (0.75, 0.375)):
+        assert call("--lora", ranged, "--input", path, "--fidelity", fidelity)[0] == 0
+        assert sidecar(tmp_path / "out" / "a.png")["sampled_start_noise"] == start_noise
+        pixels.append(read(tmp_path / "out" / "a.png"))
+        assert call("--lora", ranged, "--input", path, "--start_noise", start_noise, output=tmp_path / "k")[0] == 0
+        assert (read(tmp_path / "k" / "a.png") == pixels[-1]).all()
+    assert (pixels[0] != pixels[1]).any()
+    refused(call("--lora", tiny_lora, "--input", path, "--fidelity", 0.5), "start noise 0.5 alone", "--lora_weight")
+
+
+def test_large_images_are_restored_in_tiles_of_the_trained_size(call, tiny_lora, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.png", photograph(size=(70, 100)))
+    trained = with_settings(tmp_path / "trained", tiny_lora, resolution=48)
+    sizes = []
+    decode = script.flux.decode
+    monkeypatch.setattr(script.flux, "decode", lambda vae, z: sizes.append((len(z), *z.shape[2:])) or decode(vae, z))
+    results = {}
+    for name, flags in {"auto": [], "48": ["--tile", 48], "batch": ["--tile", 48, "--tile_batch", 4],
+                        "32": ["--tile", 32, "--tile_overlap", 16], "whole": ["--tile", 0]}.items():
+        sizes.clear()
+        assert call("--lora", trained, "--input", path, *flags, output=tmp_path / name)[0] == 0
+        results[name] = list(sizes), read(tmp_path / name / "a.png").astype(int)
+    assert results["auto"][0] == [(1, 6, 6)] * 6 and results["batch"][0] == [(4, 6, 6), (2, 6, 6)]  # 2 x 3 tiles
+    assert results["32"][0] == [(1, 4, 4)] * 24 and results["whole"][0] == [(1, 10, 14)]
+    assert (results["auto"][1] == results["48"][1]).all()
+    assert abs(results["batch"][1] - results["48"][1]).max() <= 1
+    assert (results["auto"][1] != results["whole"][1]).any() and (results["auto"][1] != results["32"][1]).any()
+    assert all(pixels.shape == (70, 100, 3) for _, pixels in results.values())
+
+
+def test_colour_fix_changes_the_colours_and_is_recorded(call, tmp_path):
+    path = write(tmp_path / "a.png")
+    assert call("--input", path)[0] == 0
+    plain = read(tmp_path / "out" / "a.png").astype(float)
+    assert sidecar(tmp_path / "out" / "a.png")["color_fix"] == "off"
+    for mode in ("wavelet", "adain"):
+        assert "1 restored" in call("--input", path, "--color_fix", mode)[1]
+        assert sidecar(tmp_path / "out" / "a.png")["color_fix"] == mode
+        error = np.abs(read(tmp_path / "out" / "a.png").mean((0, 1)) - IMAGE.mean((0, 1))).max()
+        assert error < 0.5 * np.abs(plain.mean((0, 1)) - IMAGE.mean((0, 1))).max()
+
+
 def spoil(tensors, how):
     """A LoRA's tensors with one fault."""
     first = next(name for name in sorted(tensors) if ".lora_A." in name)
@@ -218,6 +264,15 @@ def test_lora_files_that_are_none_are_refused_before_a_model_loads(call, tmp_pat
     (["--input", "a", "--max_sequence_length", "513"], ["--max_sequence_length 513"]),
     (["--input", "a", "--guidance_scale", "nan"], ["--guidance_scale nan"]),
     (["--input", "a", "--suffix", "x/y"], ["--suffix x/y"]),
+    (["--input", "a", "--tile", "big"], ["--tile big", "auto"]),
+    (["--input", "a", "--tile", "-64"], ["--tile -64"]),
+    (["--input", "a", "--tile", "64", "--tile_overlap", "33"], ["--tile_overlap 33", "half of --tile 64"]),
+    (["--input", "a", "--tile_overlap", "-1"], ["--tile_overlap -1"]),
+    (["--input", "a", "--tile_batch", "0"], ["--tile_batch 0"]),
+    (["--input", "a", "--fidelity", "1.5"], ["--fidelity 1.5", "0 to 1"]),
+    (["--input", "a", "--fidelity", "nan"], ["--fidelity nan"]),
+    (["--input", "a", "--fidelity", "0.5", "--start_noise", "0.5"], ["--fidelity 0.5", "--start_noise"]),
+    (["--input", "a", "--fidelity", "0.5"], ["--fidelity 0.5", "--lora_weight"]),
     (["--input", "a", "--device", "cuda"], ["--device cuda", "--device cpu"]),
     (["--input", "a", "--dtype", "bf16"], ["--dtype bf16", "fp32"]),
     (["--clean", "a", "--metrics", "fid"], ["--metrics 'fid'"]),
@@ -264,6 +319,7 @@ def test_what_is_done_is_skipped_without_loading_and_redone_when_anything_change
         return "1 restored, 0 already there" in call(*flags, *more)[1]
 
     assert redone("--no-skip_existing") and redone("--seed", 3) and redone("--lora_weight", 0.5) and redone()
+    assert redone("--tile", 32) and redone("--color_fix", "wavelet") and redone()
     write(path, IMAGE[::-1])
     assert redone() and not redone()
     output.write_bytes(output.read_bytes()[:200])
@@ -298,11 +354,27 @@ def test_gpu_out_of_memory_and_nan_are_failures_with_a_cure(call, tiny_lora, tmp
     def exhaust(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(script, "restore", exhaust)
+    monkeypatch.setattr(script, "restore_tiled", exhaust)
     code, _, err = call("--input", path)
     assert code == 1 and "48x32 px: out of GPU memory; use --dtype bf16" in err
     monkeypatch.setattr(script.flux, "load_models", exhaust)
     refused(call("--input", path), "out of GPU memory")
+
+
+def test_gpu_out_of_memory_is_met_with_smaller_tiles(call, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.png", photograph(size=(40, 600)))
+    restore_padded, too_large = restore.restore_padded, []
+
+    def restore_small(pipe, control, *rest):
+        if control.shape[-1] > 300:
+            too_large.append(control.shape[-1])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return restore_padded(pipe, control, *rest)
+
+    monkeypatch.setattr("utils.tiles.restore_padded", restore_small)
+    code, _, err = call("--input", path, steps=1)
+    assert code == 0 and too_large == [608] and read(tmp_path / "out" / "a.png").shape == (40, 600, 3)
+    assert "warning: 600x40 px: out of GPU memory; trying again with single tiles of 288 px" in err
 
 
 def test_orientation_is_applied_once_and_icc_and_alpha_are_kept(call, tmp_path):
@@ -372,6 +444,7 @@ def read_scores(folder):
     return rows, json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
 
 
+MEASURED = ("psnr", "psnr_y", "shift_px", "scale")  # with --metrics psnr
 SCORING = ["--degradation_types", "noise", "--noise_level", "0.1"]
 
 
@@ -383,7 +456,7 @@ def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos,
     assert [row["row"] for row in rows[:6]] == ["input", "input_vae", "nlm", "base", "lora", "ceiling"]
     assert len(rows) == 12 and report["images"] == 2 and report["failed"] == 0
     for row, values in report["rows"].items():
-        for name in ("psnr", "psnr_y", "ssim", "ssim_y"):
+        for name in (*MEASURED, "ssim", "ssim_y"):
             mean = np.mean([float(line[name]) for line in rows if line["row"] == row])
             assert values[name]["mean"] == pytest.approx(mean)
             assert values[name]["lo"] <= values[name]["mean"] <= values[name]["hi"]
@@ -391,7 +464,7 @@ def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos,
     gain = report["lora_minus"]["input"]["psnr"]["mean"]
     assert gain == pytest.approx(report["rows"]["lora"]["psnr"]["mean"] - report["rows"]["input"]["psnr"]["mean"])
     assert "n = 2 images" in out and str(tmp_path / "out") in out
-    assert report["definitions"].keys() == {"psnr", "psnr_y", "ssim", "ssim_y"} and report["versions"]["torch"]
+    assert report["definitions"].keys() == {*MEASURED, "ssim", "ssim_y"} and report["versions"]["torch"]
     assert report["nlm_strength"] in script.NLM_STRENGTHS
     assert report["degradations"][0]["degradation"][0]["level"] == 0.1
     assert Image.open(tmp_path / "out" / "grid.png").size[0] == 4 + 5 * 260
@@ -411,11 +484,26 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
     args.lora = None
     bare, _ = script.load_models(args, settings, torch.device("cpu"), torch.float32)
     stock = script.STOCK_SETTINGS | {"guidance_scale": settings["guidance_scale"]}
-    assert torch.equal(rows["base"], script.restore(bare, control, text, stock, 2, [5], 1.0))
-    assert torch.equal(rows["lora"], script.restore(pipe, control, text, settings, 2, [5], 0.5))
-    assert torch.equal(rows["ceiling"], script.round_trip(bare.vae, target))
-    assert torch.equal(rows["input_vae"], script.round_trip(bare.vae, control))
+    assert torch.equal(rows["base"], restore.restore(bare, control, text, stock, 2, [5], 1.0))
+    assert torch.equal(rows["lora"], restore.restore(pipe, control, text, settings, 2, [5], 0.5))
+    assert torch.equal(rows["ceiling"], restore.round_trip(bare.vae, target))
+    assert torch.equal(rows["input_vae"], restore.round_trip(bare.vae, control))
     assert not torch.equal(rows["base"], rows["lora"])
+
+
+def test_whole_images_are_scored_in_tiles_with_the_colour_fix(call, tiny_lora, photos, tmp_path):
+    flags = ["--lora", with_settings(tmp_path / "trained", tiny_lora, resolution=32), "--clean", photos / "heldout",
+             *SCORING, "--max_images", 1, "--no-nlm_row", "--metrics", "psnr"]
+    rows = {}
+    for name, more in {"auto": [], "32": ["--tile", 32], "whole": ["--tile", 0], "adain": ["--color_fix", "adain"],
+                       "crop": ["--crop_px", 32], "crop whole": ["--crop_px", 32, "--tile", 0]}.items():
+        assert call(*flags, *more, output=tmp_path / name)[0] == 0
+        rows[name] = {row["row"]: row["psnr"] for row in read_scores(tmp_path / name)[0]}
+    assert rows["auto"] == rows["32"] and rows["crop"] == rows["crop whole"]
+    assert all(rows["auto"][row] != rows["whole"][row] for row in ("base", "lora", "ceiling", "input_vae"))
+    assert {row for row in rows["auto"] if rows["auto"][row] != rows["adain"][row]} == {"base", "lora"}
+    run = read_scores(tmp_path / "adain")[1]["run"]
+    assert (run["tile"], run["tile_overlap"], run["color_fix"]) == ("auto", None, "adain")
 
 
 def test_non_local_means_lowers_noise_and_its_best_strength_is_kept():
@@ -449,7 +537,7 @@ def test_same_seed_scores_alike_and_rows_can_be_left_out(call, photos, tmp_path)
     one, two, three = (read_scores(tmp_path / name)[0] for name in ("one", "two", "three"))
     assert one == two and one != three
     assert {row["row"] for row in one} == {"input", "input_vae", "ceiling"}
-    assert one[0].keys() == {"image", "crop", "row", "psnr", "psnr_y"}
+    assert one[0].keys() == {"image", "crop", "row", *MEASURED}
     assert not (tmp_path / "one" / "grid.png").exists()
     ceilings = [[row["psnr"] for row in rows if row["row"] == "ceiling"] for rows in (one, three)]
     assert ceilings[0] == ceilings[1]
@@ -525,7 +613,7 @@ def test_lpips_is_scored_where_its_weights_are(call, photos, tmp_path):
              "--lpips_backbone", backbone, "--lpips_net", "squeeze"]
     assert call(*flags)[0] == 0
     rows, report = read_scores(tmp_path / "out")
-    assert rows[0].keys() == {"image", "crop", "row", "psnr", "psnr_y", "ssim", "ssim_y", "lpips"}
+    assert rows[0].keys() == {"image", "crop", "row", *MEASURED, "ssim", "ssim_y", "lpips"}
     assert 0 < float(rows[0]["lpips"]) and report["lpips_net"] == "squeeze"
     assert call(*flags, "--metrics", "psnr", output=tmp_path / "psnr")[0] == 0
     assert read_scores(tmp_path / "psnr")[1]["lpips_net"] is None

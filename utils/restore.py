@@ -1,5 +1,7 @@
 """Restore images with the settings that the LoRA was trained with."""
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -25,7 +27,8 @@ STOCK_SETTINGS = {
 
 
 def make_settings(args):
-    """The settings that sampling needs, from the training script's arguments; JSON-safe, stored in the LoRA file."""
+    """The settings that sampling needs, from the training script's arguments; JSON-safe, stored in the LoRA file.
+    resolution: side of the square crops in training, None where they had several shapes."""
     return {
         "start_noise": list(fm.parse_start_noise(args.start_noise)),
         "bridge_noise": args.bridge_noise,
@@ -36,7 +39,7 @@ def make_settings(args):
         "guidance_scale": args.guidance_scale,
         "max_sequence_length": args.max_sequence_length,
         "prompt": args.instance_prompt,
-        "resolution": args.resolution,
+        "resolution": None if args.use_bucket_sampler or args.aspect_ratio_buckets else args.resolution,
         "base_model": args.base_model_id,
     }
 
@@ -50,6 +53,16 @@ def choose_start_noise(settings, start_noise=None):
         raise ValueError(f"--start_noise {start_noise}: this LoRA was trained on {lo} to {hi}; choose within, or "
                          "train another")
     return start_noise
+
+
+def fidelity_start_noise(settings, fidelity):
+    """The start noise that `fidelity` stands for: 1 the lowest of the LoRA's trained range, which stays closest to the
+    image, 0 the highest, linear between. ValueError where the range is a single value."""
+    lo, hi = settings["start_noise"]
+    if lo == hi:
+        raise ValueError(f"--fidelity {fidelity:g}: this model is trained at start noise {lo:g} alone, so there is "
+                         "nothing to choose from; use --lora_weight")
+    return hi - fidelity * (hi - lo)
 
 
 def schedule(settings, steps, image_tokens, scheduler, start_noise):
@@ -77,43 +90,79 @@ def draw_noise(shape, seeds):
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+@dataclass
+class Noise:
+    """Everything random in a restoration, standard normal. start: (B, C, h, w). bridge: one such field for each step
+    but the last, with bridge noise. vae: one such field where the posterior is sampled."""
+
+    start: torch.Tensor
+    bridge: list[torch.Tensor] = field(default_factory=list)
+    vae: torch.Tensor | None = None
+
+    def crop(self, rows, columns):
+        """The same noise at the latents rows, columns (two slices)."""
+        where = (..., rows, columns)
+        return Noise(self.start[where], [draw[where] for draw in self.bridge],
+                     None if self.vae is None else self.vae[where])
+
+
+def stack_noise(parts):
+    """Noise of several batches as one batch."""
+    bridge = [torch.cat(draws) for draws in zip(*(part.bridge for part in parts), strict=True)]
+    vae = None if parts[0].vae is None else torch.cat([part.vae for part in parts])
+    return Noise(torch.cat([part.start for part in parts]), bridge, vae)
+
+
+def sampling_noise(settings, shape, steps, seeds):
+    """The Noise of latents (B, *shape) on the CPU; item i's depends on seeds[i] and `shape` alone. The start's is what
+    stock Kontext draws."""
+    bridge = []
+    if settings["bridge_noise"]:
+        generators = [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]
+        bridge = [torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                  for _ in range(steps - 1)]
+    sampled = settings["vae_encode_mode"] == "sample"
+    return Noise(draw_noise(shape, seeds), bridge, draw_noise(shape, [s ^ 0xC0DE for s in seeds]) if sampled else None)
+
+
 @torch.no_grad()
-def restore_latents(pipe, control, text, settings, steps, seeds, start_noise=None):
+def restore_latents(pipe, control, text, settings, steps, noise, start_noise=None):
     """Restored latents (B, C, h, w) in fp32 of the normalised latents `control`, same shape.
 
-    text: TextEmbeds of batch B. seeds: B integers; item i's noise depends on seeds[i] and the size alone."""
+    text: TextEmbeds of batch B. noise: from `sampling_noise`, of the same shape."""
     k = choose_start_noise(settings, start_noise)
     tokens = control.shape[-2] * control.shape[-1] // flux.PATCH**2
     positions, sigmas = schedule(settings, steps, tokens, pipe.scheduler, k)
-    draws = [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]  # bridge noise; the start's is as stock
-    noise = draw_noise(control.shape[1:], seeds).to(control)
-    z = fm.start_point(control, noise, torch.full((len(control),), k, device=control.device))
+    z = fm.start_point(control, noise.start.to(control), torch.full((len(control),), k, device=control.device))
     reference = control if settings["reference_tokens"] else None
     dtype = text.prompt.dtype
     for i in range(steps):
         told = torch.full((len(z),), sigmas[i], device=z.device)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):  # the numerics of training
             velocity = flux.predict_velocity(pipe.transformer, z, told, reference, text, settings["guidance_scale"])
-        if settings["bridge_noise"]:
-            noise = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in draws]).to(z)
+        bridge = noise.bridge[i].to(z) if i < len(noise.bridge) else None
         z = fm.flow_step(z, velocity.float(), sigmas[i], sigmas[i + 1], positions[i], positions[i + 1],
-                         settings["bridge_noise"], noise)
+                         settings["bridge_noise"], bridge)
     return z
 
 
 @torch.no_grad()
+def restore_padded(pipe, control, text, settings, steps, noise, start_noise=None):
+    """Restored images (B, 3, H, W), about [-1, 1] and not clamped, of `control` (B, 3, H, W) in [-1, 1], whose sides
+    are multiples of flux.size_multiple. noise: from `sampling_noise`, of the latents' shape."""
+    latents = flux.encode(pipe.vae, control, None if noise.vae is None else noise.vae.to(control))
+    return flux.decode(pipe.vae, restore_latents(pipe, latents, text, settings, steps, noise, start_noise))
+
+
 def restore(pipe, control, text, settings, steps, seeds, start_noise=None):
     """Restored images (B, 3, H, W) in [-1, 1], of exactly the size of `control` (B, 3, H, W) in [-1, 1].
 
-    Sides that are no multiple of the model's are padded by reflection and cropped again; nothing is resized."""
+    seeds: B integers. Sides that are no multiple of the model's are padded by reflection and cropped again; nothing
+    is resized. utils.tiles restores what is too large for the model."""
     height, width = control.shape[-2:]
     padded = pad_to_multiple(control, flux.size_multiple(pipe.vae))
-    noise = None
-    if settings["vae_encode_mode"] == "sample":
-        shape = flux.latent_shape(pipe.vae, *padded.shape[-2:])
-        noise = draw_noise(shape, [seed ^ 0xC0DE for seed in seeds]).to(control)
-    latents = flux.encode(pipe.vae, padded, noise)
-    restored = flux.decode(pipe.vae, restore_latents(pipe, latents, text, settings, steps, seeds, start_noise))
+    noise = sampling_noise(settings, flux.latent_shape(pipe.vae, *padded.shape[-2:]), steps, seeds)
+    restored = restore_padded(pipe, padded, text, settings, steps, noise, start_noise)
     return restored[..., :height, :width].clamp(-1, 1)
 
 

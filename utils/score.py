@@ -1,11 +1,12 @@
 """Scores of several restorations of the same images: means with intervals, gains, and the files that report them."""
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
 
-from utils import metrics
+from utils import alignment, metrics
 from utils.parse import write_json
 from utils.utils import image_grid
 
@@ -17,7 +18,15 @@ ROWS = {
     "lora": "LoRA (restored)",
     "ceiling": "VAE round trip of the clean image (ceiling)",
 }
+DEFINITIONS = metrics.DEFINITIONS | alignment.DEFINITIONS
 GRID_LABELS = {"input": "input", "base": "base", "lora": "LoRA", "ceiling": "VAE ceiling", "target": "target"}
+
+
+def measure(image, target, names=("psnr", "ssim"), lpips=None):
+    """{metric: float} of one image against its target, both (1, 3, H, W) in [-1, 1]: metrics.measure, and alignment."""
+    values = {name: value[0] for name, value in metrics.measure(image, target, names, lpips).items()}
+    right, down, scale = alignment.alignment(image, target)
+    return values | {"shift_px": math.hypot(right, down), "scale": scale}
 
 
 def keep_best_nlm(scores):
@@ -27,7 +36,7 @@ def keep_best_nlm(scores):
     trials = {row: [] for row in dict.fromkeys(score["row"] for score in scores) if row.startswith("nlm_h")}
     if not trials:
         return scores, None
-    name = next(name for name in scores[0] if name in metrics.DEFINITIONS)
+    name = next(name for name in scores[0] if name in DEFINITIONS)
     for score in scores:
         if score["row"] in trials:
             trials[score["row"]].append(score[name])
@@ -41,7 +50,7 @@ def summarise(scores, seed=0):
 
     scores: dicts of image, row and metrics, every image with the same rows. The crops of an image are averaged first:
     images are independent, crops of one image are not. Gains are paired by image; {} without LoRA."""
-    names = [name for name in metrics.DEFINITIONS if name in scores[0]]
+    names = [name for name in DEFINITIONS if name in scores[0]]
     images = {}
     for score in scores:
         images.setdefault(score["row"], {}).setdefault(score["image"], []).append([score[name] for name in names])
@@ -64,7 +73,7 @@ def readable(rows, labels):
 def caption(values):
     """'28.31 dB / ssim 0.812' of {metric: value}; '' of {}."""
     return " / ".join(f"{value:.2f} dB" if name == "psnr" else f"{name} {value:.3f}"
-                      for name, value in values.items() if not name.endswith("_y"))
+                      for name, value in values.items() if name in metrics.METRICS)
 
 
 def write_scores(folder, scores, report, pictures):
