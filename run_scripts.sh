@@ -28,9 +28,9 @@ if [[ -n "${MODEL_NAME:-}" ]]; then
     --gradient_accumulation_steps 4
     --learning_rate 1e-4
     --max_train_steps 3000
-    --degradation_types "downsample,noise,blur"
     --dataloader_num_workers 4
   )
+  damage=(--degradation_types "downsample,noise,blur")
   [[ "${PERCEPTUAL:=vgg}" == none ]] || training+=(--perceptual_loss "$PERCEPTUAL")
   scoring=(--crops_per_image 1)
 else
@@ -57,18 +57,16 @@ else
     --lr_warmup_steps 10
     --max_train_steps 600
     --start_noise 0
-    # Blur and grain: the base model knows coloured noise, not the grey grain of film.
-    --degradation_types "blur,noise"
-    --blur_radius 0.5-1.0
-    --noise_level 0.12
-    --gray_noise_probability 1
     --checkpointing_steps 200
     --checkpoints_total_limit 1
     --validation_steps 200
   )
+  # Blur and grain: the base model knows coloured noise, not the grey grain of film.
+  damage=(--degradation_types "blur,noise" --blur_radius 0.5-1.0 --noise_level 0.12 --gray_noise_probability 1)
   scoring=(--max_images 50)
   [[ "$HELDOUT_ROOT" != "$ROOT/data/sample/heldout" ]] || scoring=(--crops_per_image 12)
 fi
+[[ " $* " == *" --degradation_preset"* ]] || training+=("${damage[@]}") # a preset brings its own
 [[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")
 
 "${LAUNCH[@]}" "$ROOT/train_deg_lora_flux_kontext.py" --pretrained_model_name_or_path "$MODEL_NAME" \
@@ -84,10 +82,11 @@ fi
 trained="$("$PYTHON" - "$OUTPUT_DIR/args.json" <<'END'
 import json, sys
 args = json.load(open(sys.argv[1]))
-prefixes = "degradation_", "lr_scale", "noise_", "gray_noise_", "blur_", "jpeg_", "downsample_", "upsample_"
+prefixes = "degradation_", "lr_scale", "noise_", "gray_noise_", "blur_", "jpeg_", "downsample_", "upsample_", "damage_"
 if args["heldout_lr_root"]:
     print(f"--degraded={args['heldout_lr_root']}", f"--upscale_kernel={args['upscale_kernel']}", sep="\n")
-print(f"--crop_px={args['resolution']}", *(f"--{k}={v}" for k, v in args.items() if k.startswith(prefixes)), sep="\n")
+options = {k: v for k, v in args.items() if k.startswith(prefixes) and v is not None}  # None: as the preset has it
+print(f"--crop_px={args['resolution']}", *(f"--{k}={v}" for k, v in options.items()), sep="\n")
 END
 )"
 while IFS= read -r option; do

@@ -16,6 +16,8 @@ usage="MODEL_NAME=/path/to/FLUX.1-Kontext-dev HR_ROOT=photos bash $0"
 [[ -n "${MODEL_NAME:-}" ]] || die "MODEL_NAME is not set; name the model's folder: $usage"
 [[ -d "${HR_ROOT:-}" ]] || die "HR_ROOT=${HR_ROOT:-}: no such folder; name your folder of clean photographs: $usage"
 options=(--hr_root "$HR_ROOT")
+[[ " $* " == *" --degradation_preset"* ]] || # a preset brings its own
+  options+=(--degradation_types downsample,noise,blur,jpeg --noise_level 0.02 --blur_radius 1.5 --jpeg_quality 85)
 [[ -z "${HELDOUT_ROOT:-}" ]] || options+=(--heldout_root "$HELDOUT_ROOT")
 [[ "${PERCEPTUAL:=vgg}" == none ]] || options+=(--perceptual_loss "$PERCEPTUAL")
 
@@ -29,10 +31,6 @@ exec "${LAUNCH[@]}" "$ROOT/train_deg_lora_flux_kontext.py" \
   --rank 16 \
   --use_bucket_sampler \
   --resolution 1024 \
-  --degradation_types downsample,noise,blur,jpeg \
-  --noise_level 0.02 \
-  --blur_radius 1.5 \
-  --jpeg_quality 85 \
   --train_batch_size 1 \
   --gradient_accumulation_steps 4 \
   --gradient_checkpointing \

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from my_dataset.degradations import parse_range
+from my_dataset.degradations import parse_probability, parse_range
 from my_dataset.images import MAX_PIXELS, MIN_SIDE_PX, UnreadableImage, image_size, list_images, load_rgb
 
 KERNELS = {
@@ -27,7 +27,7 @@ KERNELS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Streams of one item's randomness: one that is drawn from more or less often leaves the others alone.
-GEOMETRY_STREAM, DEGRADATION_STREAM, TRAINING_STREAM, ORDER_STREAM = range(4)
+GEOMETRY_STREAM, DEGRADATION_STREAM, TRAINING_STREAM, ORDER_STREAM, IDENTITY_STREAM = range(5)
 MAX_RETRIES = 32
 
 
@@ -222,6 +222,9 @@ class DegDataset(Dataset):
     crop: "random" or "center". crop_zoom: range (lo, hi) of cover_crop's zoom. upscale_kernel: a key of KERNELS, for a
     control at a whole fraction of its target.
 
+    The attribute `identity_probability` (0) may be set to the share of items whose control is the clean target itself,
+    from which a model learns to leave alone what is not damaged; the other items stay as they are without it.
+
     An item is asked for by (index, epoch), or by index for epoch 0. `unreadable` lists (path, reason) of the files that
     were left out by their header. A file that fails later is replaced by the next readable one and named in the item's
     "skipped". ValueError when nothing is left or the sizes of a pair do not fit."""
@@ -236,6 +239,7 @@ class DegDataset(Dataset):
         self.prompt = prompt
         self.crop = crop
         self.crop_zoom = crop_zoom
+        self.identity_probability = 0.0
         self.random_flip = random_flip
         self.seed = seed
         self.upscale_kernel = KERNELS[upscale_kernel]
@@ -320,7 +324,9 @@ class DegDataset(Dataset):
         if self.random_flip and flip:
             images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
         degradation = []
-        if control is None:
+        if item_rng(self.seed, epoch, index, IDENTITY_STREAM).random() < self.identity_probability:
+            images = [images[0], images[0]]
+        elif control is None:
             degraded, degradation = self.degrade(images[0], item_rng(self.seed, epoch, index, DEGRADATION_STREAM))
             images.append(degraded)
         return {
@@ -394,6 +400,8 @@ def add_data_args(parser):
         help="crop to the nearest of --aspect_ratio_buckets instead of a square")
     add("--aspect_ratio_buckets", help='"h:w,h:w" or "h,w;h,w"; implies --use_bucket_sampler (default: the 17 sizes of '
                                        "FLUX.1 Kontext)")
+    add("--identity_probability", help="share of the samples left undamaged, so that training also shows what needs no "
+        "restoring; 0.05 with --degradation_preset, else 0; validation and scoring have none")
     add("--upscale_kernel", choices=sorted(KERNELS), default="bicubic",
         help="kernel that enlarges stored degraded images to the size of the clean ones")
     add("--allow_missing", action="store_true", help="skip stored images without partner instead of stopping")
@@ -433,6 +441,13 @@ def dataset_from_args(args, degrade, prompt="", seed=0):
         "upscale_kernel": args.upscale_kernel,
         "max_pixels": args.max_pixels,
     }
+    identity = args.identity_probability
+    if identity is None:  # --degradation_preset is an option of degradations.py, which a caller may do without
+        identity = 0.05 if getattr(args, "degradation_preset", None) else 0
+    identity = parse_probability(identity, "--identity_probability")
     if args.use_bucket_sampler or args.aspect_ratio_buckets:
-        return DegBucketDataset(records, degrade, buckets, **common)
-    return DegDataset(records, degrade, args.resolution, **common)
+        dataset = DegBucketDataset(records, degrade, buckets, **common)
+    else:
+        dataset = DegDataset(records, degrade, args.resolution, **common)
+    dataset.identity_probability = identity
+    return dataset

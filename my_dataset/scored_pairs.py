@@ -56,3 +56,14 @@ def denoise_nlm(image, strength):
     image: (H, W, 3) uint8; the same comes out."""
     denoised = cv2.fastNlMeansDenoisingColored(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), None, strength, strength, 7, 21)
     return cv2.cvtColor(denoised, cv2.COLOR_BGR2RGB)
+
+
+def denoise_bilateral(image, color, space):
+    """OpenCV's bilateral filter (Tomasi and Manduchi 1998); color: sigma in levels of 255, space: sigma in pixels.
+    image: (H, W, 3) uint8; the same comes out."""
+    return cv2.bilateralFilter(image, 0, color, space)  # 0: a diameter of 3 sigma
+
+
+def unsharp(image, amount, sigma=1.0):
+    """image + amount (image - its Gaussian blur of `sigma` pixels). image: (H, W, 3) uint8; the same comes out."""
+    return cv2.addWeighted(image, 1 + amount, cv2.GaussianBlur(image, (0, 0), sigma), -amount, 0)

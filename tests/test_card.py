@@ -31,8 +31,8 @@ def run(tmp_path, monkeypatch):
     return SimpleNamespace(
         lr_root=None,
         output_dir=str(folder), base_model_id="black-forest-labs/FLUX.1-Kontext-dev", max_train_steps=10, seed=3,
-        degradation_types="downsample,noise", instance_prompt="Restore | this: photograph", hub_model_id=None,
-        hub_token="hf_secret")
+        degradation_types="downsample,noise", degradation_preset=None, instance_prompt="Restore | this: photograph",
+        hub_model_id=None, hub_token="hf_secret")
 
 
 def test_the_card_has_numbers_picture_licence_and_the_command(run):
@@ -48,6 +48,12 @@ def test_the_card_has_numbers_picture_licence_and_the_command(run):
     for name in SETTINGS:
         assert f"| {name} | " in loaded.text
     assert "TODO" not in loaded.content and "[More Information" not in loaded.content
+
+
+def test_the_card_names_a_preset_in_place_of_types(run):
+    run.degradation_types, run.degradation_preset = None, "old_photo"
+    card.write_model_card(run, SETTINGS, images=77)
+    assert "degradations `old_photo`" in ModelCard.load(f"{run.output_dir}/README.md").text
 
 
 def test_the_cards_header_is_valid_and_complete(run):

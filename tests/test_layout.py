@@ -13,7 +13,7 @@ LIBRARIES = ("utils", "my_dataset")
 PROGRAMS = ("scripts", "recipes", "bench", "tests")
 HEAVY = {"diffusers", "transformers", "peft", "accelerate"}
 # Their tests run in seconds, and degradations run in every loader process.
-LIGHT = ("utils/flow_matching.py", "my_dataset/degradations.py", "utils/metrics.py")
+LIGHT = ("utils/flow_matching.py", "my_dataset/degradations.py", "my_dataset/damage.py", "utils/metrics.py")
 
 
 def is_ours(path):

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 from my_dataset.dataset_deg_paired import DegDataset, cover_crop
-from my_dataset.degradations import apply_degradations, make_degrader
+from my_dataset.degradations import PRESETS, apply_degradations, make_degrader
 from my_dataset.images import load_rgb
 from scripts.preview_degradations import MARGIN_PX, caption, describe, main
 
@@ -63,6 +63,40 @@ def test_seed_and_number_of_images_and_a_single_file_are_taken(folder, tmp_path)
     assert len(one["samples"]) == 4 and one["samples"] == file["samples"]
 
 
+def test_presets_sheet_has_a_clean_row_and_rows_of_every_preset(tmp_path):
+    output = tmp_path / "presets.png"
+    main(["--presets", "--samples", "2", "--resolution", "96", "--num_images", "2", "--output", str(output)])
+    sheet, report = np.asarray(Image.open(output)), json.loads(output.with_suffix(".json").read_text())
+    drawn = [(entry["preset"], entry["sample"], entry["image"]) for entry in report["samples"]]
+    names = "astronaut.png", "chelsea.png"
+    assert drawn == [(preset, n, name) for preset in PRESETS for n in range(2) for name in names]
+    clean = cover_crop(data.astronaut(), (96, 96), (0.5, 0.5))
+    height = (len(sheet) - MARGIN_PX) // (1 + 2 * len(PRESETS))
+    column = [sheet[MARGIN_PX + row * height :, MARGIN_PX:][:96, :96] for row in range(1 + 2 * len(PRESETS))]
+    assert (column[0] == clean).all()
+    for cell, entry in zip(column[1:], report["samples"][::2], strict=True):
+        assert (cell == apply_degradations(clean, entry["degradation"])).all()
+
+
+def test_options_hold_for_all_presets_and_a_folder_replaces_the_package_photographs(folder, tmp_path):
+    output = tmp_path / "presets.png"
+    flags = ["--presets", "--samples", "1", "--resolution", "64", "--degradation_probability", "0"]
+    main(["--images", str(folder), *flags, "--output", str(output)])
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert {entry["image"] for entry in report["samples"]} == {str(folder / "a.png"), str(folder / "deeper" / "b.png")}
+    assert all(entry["degradation"] == [] for entry in report["samples"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [([], "--images is needed"), (["--presets", "--degradation_preset", "light"], "--presets"),
+     (["--presets", "--degradation_types", "noise"], "--degradation_types beside --degradation_preset")],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        main(flags)
+
+
 def test_unreadable_images_are_named_and_left_out(folder, tmp_path, capsys):
     broken = tmp_path / "photos"
     broken.mkdir()
@@ -82,6 +116,7 @@ def test_caption_tells_everything_but_the_seed_and_fits():
     assert describe({"type": "jpeg", "codec": "jpeg", "quality": 75}) == "jpeg quality 75"
     down = {"type": "downsample", "scale": 8.0, "down_kernel": "area", "up_kernel": "bicubic"}
     assert describe(down) == "downsample scale 8 down area up bicubic"
+    assert describe({"type": "fade", "black": [0.1, 0.25], "saturation": 0.5}) == "fade black 0.1 0.25 saturation 0.5"
     assert max(map(len, caption([noise, down], 130))) <= 20
     assert caption([], 130) == ["not degraded"]
 

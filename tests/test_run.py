@@ -181,7 +181,7 @@ def test_an_output_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
 def test_identity_names_what_a_resumed_run_must_share():
     args = SimpleNamespace(**vars(parse_args("--seed", "3")), rank=4, lora_alpha=None, lora_layers=None, use_dora=False,
                            use_rslora=False, use_ema=False, aspect_ratio_buckets=None, weighting_scheme="none",
-                           degradation_types="noise")
+                           degradation_preset=None, degradation_types="noise")
     identity = run.identity(args, {"start_noise": [0.5, 0.5]}, items=7, num_processes=2)
     assert identity["start_noise"] == [0.5, 0.5] and identity["seed"] == 3
     assert identity["images"] == 7 and identity["processes"] == 2

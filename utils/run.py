@@ -245,7 +245,7 @@ def identity(args, settings, items, num_processes):
     stored in the LoRA file would not fit."""
     names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
              "lr_scheduler", "seed", "train_batch_size", "gradient_accumulation_steps", "weighting_scheme",
-             "degradation_types", "aspect_ratio_buckets"]
+             "degradation_types", "degradation_preset", "aspect_ratio_buckets"]
     return settings | {name: getattr(args, name) for name in names} | {"images": items, "processes": num_processes}
 
 
