@@ -13,10 +13,8 @@ import argparse
 import contextlib
 import math
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -32,7 +30,16 @@ from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
 from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
 from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
-from utils.score import DEFINITIONS, ROWS, keep_best_nlm, measure, readable, summarise, write_scores
+from utils.score import (
+    DEFINITIONS,
+    ROWS,
+    keep_best_nlm,
+    measure,
+    package_versions,
+    readable,
+    summarise,
+    write_scores,
+)
 from utils.tiles import (
     WHOLE,
     add_tile_args,
@@ -325,8 +332,7 @@ def score_images(args, settings, steps, start_noise, device, dtype):
         "lpips_net": args.lpips_net if lpips else None,
         "run": describe_run(args, settings, steps, start_noise, dtype), "arguments": public_args(args),
         "degradations": degradations,
-        "versions": {"opencv": cv2.__version__} | {package: version(package) for package in (
-            "torch", "diffusers", "peft", "torchmetrics", "lpips", "numpy", "pillow")},
+        "versions": package_versions(),
     }
     write_scores(args.output, scores, report, pictures)
     print(f"\n{metrics.summary_table({labels[row]: values for row, values in table.items()})}\n")

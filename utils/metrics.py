@@ -1,4 +1,4 @@
-"""Image quality against a target: PSNR, SSIM and LPIPS of what would be saved to disk, with confidence intervals.
+"""Image quality against a target: PSNR, SSIM, LPIPS and more of what would be saved to disk, with confidence intervals.
 
 Images are (B, 3, H, W) in [-1, 1]; both sides are rounded to 8 bits first, because that is what a user gets. PSNR and
 SSIM come in RGB and, with the suffix _y, on the luma of BT.601 in its 16 to 235 range, as super-resolution papers
@@ -10,6 +10,7 @@ import re
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 
@@ -19,10 +20,14 @@ DEFINITIONS = {
     "psnr_y": "dB, BT.601 luma 16-235, 8-bit RGB values, peak 255, capped at 100",
     "ssim": "RGB, Gaussian window 11x11 sigma 1.5, K1 0.01, K2 0.03, peak 255, windows inside the image only",
     "ssim_y": "as ssim, on the BT.601 luma 16-235",
+    "ms_ssim": "RGB, 5 scales (Wang et al. 2003), window and constants of ssim, as torchmetrics computes it: the "
+               "coarsest scale mirrors the borders",
     "lpips": "LPIPS 0.1, lower is better",
+    "laplacian": "energy of the luma's Laplacian over the target's: below 1 smoother than the target, above 1 noisier",
 }
 MAX_PSNR_DB = 100.0
 SSIM_WINDOW_PX = 11
+MS_SSIM_MIN_SIDE_PX = 176  # torchmetrics: a sixteenth of it holds the window of 11 px
 LPIPS_MIN_SIDE_PX = 32  # below, AlexNet's second pooling has nothing left to pool
 BACKBONES = {  # torchvision's file names; their last part is the beginning of the file's sha256
     "alex": "alexnet-owt-7be5be79.pth",
@@ -83,6 +88,31 @@ def ssim(restored, target):
 def ssim_y(restored, target):
     """SSIM of the luma (see the module), (B,)."""
     return ssim_255(luma(to_uint8_range(restored)), luma(to_uint8_range(target)))
+
+
+def ms_ssim(restored, target):
+    """Multi-scale SSIM (Wang et al. 2003) in RGB, (B,), weights 0.0448, 0.2856, 0.3001, 0.2363, 0.1333 from the finest
+    scale on. ValueError below 176 px."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # seconds to import
+
+    height, width = target.shape[-2:]
+    if min(height, width) < MS_SSIM_MIN_SIDE_PX:
+        raise ValueError(f"MS-SSIM needs images of {MS_SSIM_MIN_SIDE_PX} px or more, got {width}x{height}")
+    return multiscale_structural_similarity_index_measure(
+        to_uint8_range(restored), to_uint8_range(target), sigma=1.5, kernel_size=SSIM_WINDOW_PX, data_range=255.0,
+        reduction="none").float()
+
+
+def laplacian_energy(images):
+    """Mean square of the luma's Laplacian (cv2.Laplacian: the four neighbours minus four times the pixel), (B,)."""
+    planes = luma(to_uint8_range(images))[:, 0].cpu().numpy()
+    return torch.tensor([np.square(cv2.Laplacian(plane, cv2.CV_64F)).mean() for plane in planes])
+
+
+def laplacian(restored, target):
+    """Laplacian energy of each image over that of its target, (B,): what PSNR gains by blur shows here as a loss. A
+    thousandth is added to both, so that flat images compare as 1; photographs have tens and more."""
+    return ((laplacian_energy(restored) + 1e-3) / (laplacian_energy(target) + 1e-3)).float()
 
 
 def find_backbone(backbone_file=None, net="alex"):
@@ -148,14 +178,19 @@ def parse_metrics(text):
 
 
 def measure(restored, target, names=("psnr", "ssim"), lpips=None):
-    """{metric: list of B floats}; psnr and ssim come with psnr_y and ssim_y. lpips: from `lpips_model`, for lpips."""
+    """{metric: list of B floats} of the DEFINITIONS named; psnr and ssim come with psnr_y and ssim_y. lpips: from
+    `lpips_model`, for lpips."""
     values = {}
     if "psnr" in names:
         values |= {"psnr": psnr(restored, target), "psnr_y": psnr_y(restored, target)}
     if "ssim" in names:
         values |= {"ssim": ssim(restored, target), "ssim_y": ssim_y(restored, target)}
+    if "ms_ssim" in names:
+        values["ms_ssim"] = ms_ssim(restored, target)
     if "lpips" in names:
         values["lpips"] = lpips_distance(lpips, restored, target)
+    if "laplacian" in names:
+        values["laplacian"] = laplacian(restored, target)
     return {name: value.tolist() for name, value in values.items()}
 
 
@@ -177,7 +212,12 @@ def summary_table(rows):
         digits = {name: 2 if name.startswith("psnr") else 4 for name in values}
         lines.append([row, *(f"{mean:.{digits[name]}f} [{lo:.{digits[name]}f}, {hi:.{digits[name]}f}]"
                              for name, (mean, lo, hi) in values.items())])
+    return markdown_table(lines)
+
+
+def markdown_table(lines):
+    """Lists of cells, the first of them the headings, as an aligned Markdown table."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(line, widths, strict=True))} |"
                      for line in lines)

@@ -2,8 +2,10 @@
 
 import csv
 import math
+from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from utils import alignment, metrics
@@ -45,22 +47,22 @@ def keep_best_nlm(scores):
     return [score | {"row": "nlm"} if score["row"] == best else score for score in kept], int(best[len("nlm_h"):])
 
 
-def summarise(scores, seed=0):
-    """(rows, gains): {row: {metric: (mean, lo, hi)}} in the order of ROWS, and the same of "lora" minus each row.
+def summarise(scores, seed=0, order=tuple(ROWS), best="lora"):
+    """(rows, gains): {row: {metric: (mean, lo, hi)}} in the given order, and the same of row `best` minus each other.
 
     scores: dicts of image, row and metrics, every image with the same rows. The crops of an image are averaged first:
-    images are independent, crops of one image are not. Gains are paired by image; {} without LoRA."""
+    images are independent, crops of one image are not. Gains are paired by image; {} where there is no `best`."""
     names = [name for name in DEFINITIONS if name in scores[0]]
     images = {}
     for score in scores:
         images.setdefault(score["row"], {}).setdefault(score["image"], []).append([score[name] for name in names])
     values = {row: np.array([np.mean(crops, axis=0) for crops in images[row].values()])
-              for row in ROWS if row in images}
+              for row in order if row in images}
 
     def intervals(table):
         return {name: metrics.bootstrap_interval(table[:, i], seed) for i, name in enumerate(names)}
 
-    gains = {row: intervals(values["lora"] - values[row]) for row in values if "lora" in values and row != "lora"}
+    gains = {row: intervals(values[best] - values[row]) for row in values if best in values and row != best}
     return {row: intervals(table) for row, table in values.items()}, gains
 
 
@@ -76,14 +78,25 @@ def caption(values):
                       for name, value in values.items() if name in metrics.METRICS)
 
 
+def package_versions():
+    """{package: version} of what the numbers depend on."""
+    return {"opencv": cv2.__version__} | {package: version(package) for package in (
+        "torch", "diffusers", "peft", "torchmetrics", "lpips", "numpy", "pillow")}
+
+
+def write_csv(path, scores):
+    """Write `scores`, dicts with the same keys, as a table."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(scores[0]))
+        writer.writeheader()
+        writer.writerows(scores)
+
+
 def write_scores(folder, scores, report, pictures):
     """Write scores.csv, a line per image, crop and row; metrics.json; and, if there are pictures, grid.png.
     pictures: ({row or "target": image (3, H, W)}, {row: {metric: value}}) of each image to draw."""
     folder = Path(folder)
-    with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(scores[0]))
-        writer.writeheader()
-        writer.writerows(scores)
+    write_csv(folder / "scores.csv", scores)
     write_json(folder / "metrics.json", report)
     if pictures:
         columns = [column for column in GRID_LABELS if column in pictures[0][0]]
