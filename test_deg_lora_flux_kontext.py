@@ -11,6 +11,7 @@ LoRA's training size is restored in overlapping tiles."""
 
 import argparse
 import contextlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from my_dataset.dataset_deg_paired import KERNELS, folder_records, item_seed, pa
 from my_dataset.degradations import add_degradation_args, degrader_from_args
 from my_dataset.images import MAX_PIXELS, load_image, save_image
 from my_dataset.outputs import is_done, plan_outputs, sidecar_path
-from my_dataset.scored_pairs import denoise_nlm, load_pairs
+from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm, load_pairs
 from utils import flow_matching as fm
 from utils import flux, lora, metrics
 from utils.checkpoint import sha256
@@ -33,7 +34,7 @@ from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noi
 from utils.score import (
     DEFINITIONS,
     ROWS,
-    keep_best_nlm,
+    keep_best,
     measure,
     package_versions,
     readable,
@@ -53,6 +54,7 @@ from utils.utils import to_uint8
 from utils.validation import default_steps
 
 NLM_STRENGTHS = (3, 6, 10, 15, 20, 30, 40, 60)
+BILATERAL = tuple(itertools.product((20, 45, 80, 110, 150, 200, 300), (1, 1.5, 2, 3)))  # color in levels, space in px
 
 
 def parse_args(argv=None):
@@ -98,6 +100,8 @@ def parse_args(argv=None):
     add("--lpips_backbone", help="its torchvision weight file; default: its place in the torch cache")
     add("--base_row", action=argparse.BooleanOptionalAction, default=True,
         help="also score the base model without LoRA, from pure noise at the same steps, prompt and guidance")
+    add("--bilateral_row", action=argparse.BooleanOptionalAction, default=True,
+        help="also score OpenCV's bilateral filter, likewise at its best")
     add("--nlm_row", action=argparse.BooleanOptionalAction, default=True,
         help="also score OpenCV's non-local means, at the strength that is best on the scored images")
     add("--grid_images", type=int, default=6, help="images drawn in grid.png")
@@ -269,9 +273,12 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
         return restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling, args.color_fix)
 
     rows = {"input": control, "input_vae": round_trip(control)}
+    degraded = to_uint8(control[0])
     if args.nlm_row:
-        noisy = to_uint8(control[0])
-        rows |= {f"nlm_h{h}": to_tensor(denoise_nlm(noisy, h))[None] for h in NLM_STRENGTHS}
+        rows |= {f"nlm h={h}": to_tensor(denoise_nlm(degraded, h))[None] for h in NLM_STRENGTHS}
+    if args.bilateral_row:
+        rows |= {f"bilateral color={color} space={space}": to_tensor(denoise_bilateral(degraded, color, space))[None]
+                 for color, space in BILATERAL}
     if args.base_row:
         stock = STOCK_SETTINGS | {name: settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
         if args.lora:
@@ -321,12 +328,14 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     if not scores:
         raise ValueError(f"--clean {args.clean}: not one image could be scored, see failures.json in {args.output}")
 
-    scores, nlm_strength = keep_best_nlm(scores)
+    labels = dict(ROWS)
+    for row in ("nlm", "bilateral"):
+        scores, setting = keep_best(scores, row)
+        labels[row] += f" ({setting}, best on this set)" if setting else ""
     table, gains = summarise(scores, args.seed)
-    labels = ROWS | {"nlm": f"{ROWS['nlm']} (h={nlm_strength}, best on this set)"}
     report = {
         "images": count - len(failures), "crops": len(degradations), "failed": len(failures),
-        "rows": readable(table, labels), "lora_minus": readable(gains, labels), "nlm_strength": nlm_strength,
+        "rows": readable(table, labels), "lora_minus": readable(gains, labels),
         "interval": "95 %, percentile bootstrap of the mean over images",
         "definitions": {key: DEFINITIONS[key] for key in table["input"]},
         "lpips_net": args.lpips_net if lpips else None,

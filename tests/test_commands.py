@@ -58,7 +58,7 @@ def test_default_job_trains_scores_and_says_where_everything_lies(tmp_path):
     expect(trained_args(run, output), base_model_id="tiny-kontext", start_noise="0", rank=4)
 
     report = json.loads((output / "metrics.json").read_text())
-    assert set(report["rows"]) == {"input", "input_vae", "nlm", "base", "lora", "ceiling"}
+    assert set(report["rows"]) == {"input", "input_vae", "nlm", "bilateral", "base", "lora", "ceiling"}
     expect(report["arguments"], degradation_types="noise", noise_level="0.2", crop_px=32)  # scored as it was trained
     with open(output / "scores.csv", encoding="utf-8") as file:
         images = {row["image"] for row in csv.DictReader(file)}

@@ -446,6 +446,7 @@ def read_scores(folder):
 
 MEASURED = ("psnr", "psnr_y", "shift_px", "scale")  # with --metrics psnr
 SCORING = ["--degradation_types", "noise", "--noise_level", "0.1"]
+MODEL_ROWS_ONLY = ["--no-base_row", "--no-nlm_row", "--no-bilateral_row"]
 
 
 def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos, tmp_path):
@@ -453,8 +454,9 @@ def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos,
                         "--metrics", "psnr,ssim")
     assert code == 0
     rows, report = read_scores(tmp_path / "out")
-    assert [row["row"] for row in rows[:6]] == ["input", "input_vae", "nlm", "base", "lora", "ceiling"]
-    assert len(rows) == 12 and report["images"] == 2 and report["failed"] == 0
+    assert [row["row"] for row in rows[:7]] == ["input", "input_vae", "nlm", "bilateral", "base", "lora",
+                                             "ceiling"]
+    assert len(rows) == 14 and report["images"] == 2 and report["failed"] == 0
     for row, values in report["rows"].items():
         for name in (*MEASURED, "ssim", "ssim_y"):
             mean = np.mean([float(line[name]) for line in rows if line["row"] == row])
@@ -465,7 +467,9 @@ def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos,
     assert gain == pytest.approx(report["rows"]["lora"]["psnr"]["mean"] - report["rows"]["input"]["psnr"]["mean"])
     assert "n = 2 images" in out and str(tmp_path / "out") in out
     assert report["definitions"].keys() == {*MEASURED, "ssim", "ssim_y"} and report["versions"]["torch"]
-    assert report["nlm_strength"] in script.NLM_STRENGTHS
+    labels = {f"non-local means (h={h}, best on this set)" for h in script.NLM_STRENGTHS}
+    assert report["rows"]["nlm"]["label"] in labels
+    assert "bilateral filter (color=" in report["rows"]["bilateral"]["label"]
     assert report["degradations"][0]["degradation"][0]["level"] == 0.1
     assert Image.open(tmp_path / "out" / "grid.png").size[0] == 4 + 5 * 260
     # sigma 0.1 on [0, 1] is 20 dB, a little better for clipping
@@ -493,7 +497,7 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
 
 def test_whole_images_are_scored_in_tiles_with_the_colour_fix(call, tiny_lora, photos, tmp_path):
     flags = ["--lora", with_settings(tmp_path / "trained", tiny_lora, resolution=32), "--clean", photos / "heldout",
-             *SCORING, "--max_images", 1, "--no-nlm_row", "--metrics", "psnr"]
+             *SCORING, "--max_images", 1, "--no-nlm_row", "--no-bilateral_row", "--metrics", "psnr"]
     rows = {}
     for name, more in {"auto": [], "32": ["--tile", 32], "whole": ["--tile", 0], "adain": ["--color_fix", "adain"],
                        "crop": ["--crop_px", 32], "crop whole": ["--crop_px", 32, "--tile", 0]}.items():
@@ -513,14 +517,14 @@ def test_non_local_means_lowers_noise_and_its_best_strength_is_kept():
     colours = np.zeros((40, 40, 3), np.uint8) + np.array([200, 90, 30], np.uint8)
     assert abs(script.denoise_nlm(colours, 10).astype(int) - colours).max() <= 2  # red stays red
     trials = [{"image": "a", "crop": 0, "row": row, "psnr": psnr} for row, psnr in
-              (("input", 20.0), ("nlm_h3", 22.0), ("nlm_h10", 25.0), ("nlm_h25", 21.0))]
-    kept, strength = score.keep_best_nlm(trials)
-    assert strength == 10 and [(row["row"], row["psnr"]) for row in kept] == [("input", 20.0), ("nlm", 25.0)]
+              (("input", 20.0), ("nlm h=3", 22.0), ("nlm h=10", 25.0), ("nlm h=25", 21.0))]
+    kept, strength = score.keep_best(trials, "nlm")
+    assert strength == "h=10" and [(row["row"], row["psnr"]) for row in kept] == [("input", 20.0), ("nlm", 25.0)]
     worst_first = [{**trial, "lpips": trial["psnr"]} for trial in trials]
     for trial in worst_first:
         del trial["psnr"]
-    assert score.keep_best_nlm(worst_first)[1] == 25
-    assert score.keep_best_nlm(trials[:1]) == (trials[:1], None)
+    assert score.keep_best(worst_first, "nlm")[1] == "h=25"
+    assert score.keep_best(trials[:1], "nlm") == (trials[:1], None)
 
 
 def test_crops_of_one_image_count_once_in_the_interval():
@@ -530,7 +534,7 @@ def test_crops_of_one_image_count_once_in_the_interval():
 
 
 def test_same_seed_scores_alike_and_rows_can_be_left_out(call, photos, tmp_path):
-    flags = ["--clean", photos / "heldout", *SCORING, "--no-base_row", "--no-nlm_row", "--grid_images", 0, "--metrics",
+    flags = ["--clean", photos / "heldout", *SCORING, *MODEL_ROWS_ONLY, "--grid_images", 0, "--metrics",
              "psnr"]
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         assert call(*flags, "--seed", seed, output=tmp_path / name)[0] == 0
@@ -544,7 +548,7 @@ def test_same_seed_scores_alike_and_rows_can_be_left_out(call, photos, tmp_path)
 
 
 def test_images_are_chosen_evenly_and_cropped_in_a_centred_grid(call, photos, tmp_path):
-    flags = ["--clean", photos / "train", *SCORING, "--no-base_row", "--no-nlm_row", "--metrics", "psnr"]
+    flags = ["--clean", photos / "train", *SCORING, *MODEL_ROWS_ONLY, "--metrics", "psnr"]
     assert call(*flags, "--max_images", 3, "--crop_px", 16, "--crops_per_image", 2)[0] == 0
     rows, report = read_scores(tmp_path / "out")
     assert [Path(row["image"]).stem for row in rows[::6]] == ["photo_0", "photo_2", "photo_5"]
@@ -575,7 +579,7 @@ def test_stored_pairs_are_scored_and_small_partners_enlarged(call, photos, tmp_p
         small = Image.open(path).resize((32, 24), Image.Resampling.BICUBIC)
         (tmp_path / "lr").mkdir(exist_ok=True)
         small.save(tmp_path / "lr" / f"{path.stem}x2.png")
-    rest = ["--no-base_row", "--no-nlm_row", "--metrics", "psnr"]
+    rest = [*MODEL_ROWS_ONLY, "--metrics", "psnr"]
     flags = ["--clean", photos / "heldout", "--degraded", tmp_path / "lr", *rest]
     assert call("--hr_root", photos / "heldout", "--lr_root", tmp_path / "lr", *rest)[0] == 0  # training's names
     rows, report = read_scores(tmp_path / "out")
@@ -598,7 +602,7 @@ def test_images_that_cannot_be_scored_are_listed_and_none_at_all_is_an_error(cal
         (tmp_path / "clean" / path.name).write_bytes(path.read_bytes())
     write(tmp_path / "clean" / "a_small.png", photograph(size=(20, 20)))
     (tmp_path / "clean" / "text.png").write_text("no image")
-    flags = ["--clean", tmp_path / "clean", *SCORING, "--no-base_row", "--no-nlm_row"]
+    flags = ["--clean", tmp_path / "clean", *SCORING, *MODEL_ROWS_ONLY]
     code, _, err = call(*flags, "--crop_px", 48, "--metrics", "psnr")
     assert code == 1 and "20x20 px is smaller than --crop_px 48" in err and "text.png" in err
     report = read_scores(tmp_path / "out")[1]
@@ -609,7 +613,7 @@ def test_images_that_cannot_be_scored_are_listed_and_none_at_all_is_an_error(cal
 
 def test_lpips_is_scored_where_its_weights_are(call, photos, tmp_path):
     backbone, _ = write_backbone(tmp_path, "squeeze")
-    flags = ["--clean", photos / "heldout", *SCORING, "--no-base_row", "--no-nlm_row", "--max_images", 1,
+    flags = ["--clean", photos / "heldout", *SCORING, *MODEL_ROWS_ONLY, "--max_images", 1,
              "--lpips_backbone", backbone, "--lpips_net", "squeeze"]
     assert call(*flags)[0] == 0
     rows, report = read_scores(tmp_path / "out")

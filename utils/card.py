@@ -13,7 +13,8 @@ def write_model_card(args, settings, images):
     folder = Path(args.output_dir)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     results = [row for row in map(json.loads, lines) if any(key.startswith("validation/") for key in row)]
-    damage = "on stored pairs" if args.lr_root else f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
+    damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
+    damage = "on stored pairs" if args.lr_root else damage
     text = f"""# Restoration LoRA for {args.base_model_id}
 
 Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, {damage}.

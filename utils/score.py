@@ -16,6 +16,7 @@ ROWS = {
     "input": "input (degraded)",
     "input_vae": "input through the VAE",
     "nlm": "non-local means",
+    "bilateral": "bilateral filter",
     "base": "base model without LoRA",
     "lora": "LoRA (restored)",
     "ceiling": "VAE round trip of the clean image (ceiling)",
@@ -31,20 +32,20 @@ def measure(image, target, names=("psnr", "ssim"), lpips=None):
     return values | {"shift_px": math.hypot(right, down), "scale": scale}
 
 
-def keep_best_nlm(scores):
-    """(scores, h): of the rows "nlm_h3", "nlm_h5", ... the one with the best mean of the first metric becomes "nlm",
-    the others go; h None where there are none. The baseline's one parameter is thus tuned on the very images it is
-    scored on, which favours it."""
-    trials = {row: [] for row in dict.fromkeys(score["row"] for score in scores) if row.startswith("nlm_h")}
+def keep_best(scores, row):
+    """(scores, setting): of the rows "nlm h=3", "nlm h=5", ... (row: "nlm") the one with the best mean of the first
+    metric becomes "nlm", the others go; setting: its "h=5", or None where there are none. A classical method's
+    parameters are thus tuned on the very images it is scored on, which favours it."""
+    trials = {trial: [] for trial in dict.fromkeys(score["row"] for score in scores) if trial.startswith(f"{row} ")}
     if not trials:
         return scores, None
     name = next(name for name in scores[0] if name in DEFINITIONS)
     for score in scores:
         if score["row"] in trials:
             trials[score["row"]].append(score[name])
-    best = (min if name == "lpips" else max)(trials, key=lambda row: np.mean(trials[row]))
+    best = (min if name == "lpips" else max)(trials, key=lambda trial: np.mean(trials[trial]))
     kept = [score for score in scores if score["row"] == best or score["row"] not in trials]
-    return [score | {"row": "nlm"} if score["row"] == best else score for score in kept], int(best[len("nlm_h"):])
+    return [score | {"row": row} if score["row"] == best else score for score in kept], best.removeprefix(f"{row} ")
 
 
 def summarise(scores, seed=0, order=tuple(ROWS), best="lora"):
