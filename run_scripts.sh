@@ -8,6 +8,8 @@
 # Arguments go to the training script and win over what stands here: bash run_scripts.sh --max_train_steps 100
 #   OUTPUT_DIR       folder for all that is written
 #   PERCEPTUAL       with MODEL_NAME: vgg (the default) or lpips, which need a weight file, gradient, or none
+#   TEST_OPTIONS     options for the test script, such as "--crop_px 128": it scores whole photographs of the embedded
+#                    model, by tiles, and with MODEL_NAME crops of 512 px
 #   NUM_PROCESSES    training processes, one a GPU
 #   KONTEXT_PYTHON   Python of an environment of your own; nothing is installed then
 set -euo pipefail
@@ -32,7 +34,7 @@ if [[ -n "${MODEL_NAME:-}" ]]; then
   )
   damage=(--degradation_types "downsample,noise,blur")
   [[ "${PERCEPTUAL:=vgg}" == none ]] || training+=(--perceptual_loss "$PERCEPTUAL")
-  scoring=(--crops_per_image 1)
+  scoring=(--crop_px 512)
 else
   MODEL_NAME="$ROOT/assets/tiny-kontext"
   if [[ -z "${HR_ROOT:-}" || -z "${HELDOUT_ROOT:-}" ]]; then
@@ -46,25 +48,26 @@ else
   export DIFFUSERS_VERBOSITY=error TRANSFORMERS_VERBOSITY=error # they remark on the tiny model's own autoencoder
   training=(
     --resolution 128
-    --rank 16
+    --rank 32
+    --lora_layers attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,ff.net.0.proj,ff.net.2,proj_mlp,proj_out,x_embedder
     --train_batch_size 4
-    --max_sequence_length 32
+    --max_sequence_length 16
     --crop_zoom 1-4
     --dataloader_num_workers 1
     --random_flip
     --learning_rate 4e-3
     --lr_scheduler cosine
     --lr_warmup_steps 10
-    --max_train_steps 600
+    --max_train_steps 1200
     --start_noise 0
-    --checkpointing_steps 200
+    --no-reference_tokens
+    --checkpointing_steps 400
     --checkpoints_total_limit 1
-    --validation_steps 200
+    --validation_steps 400
   )
-  # Blur and grain: the base model knows coloured noise, not the grey grain of film.
-  damage=(--degradation_types "blur,noise" --blur_radius 0.5-1.0 --noise_level 0.12 --gray_noise_probability 1)
-  scoring=(--max_images 50)
-  [[ "$HELDOUT_ROOT" != "$ROOT/data/sample/heldout" ]] || scoring=(--crops_per_image 12)
+  # Twice the noise and blur that the base model saw, all at once.
+  damage=(--degradation_types "downsample,blur,noise" --lr_scale 2 --blur_radius 1.0 --noise_level 0.098)
+  scoring=(--max_images 20)
 fi
 [[ " $* " == *" --degradation_preset"* ]] || training+=("${damage[@]}") # a preset brings its own
 [[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")
@@ -86,14 +89,14 @@ prefixes = "degradation_", "lr_scale", "noise_", "gray_noise_", "blur_", "jpeg_"
 if args["heldout_lr_root"]:
     print(f"--degraded={args['heldout_lr_root']}", f"--upscale_kernel={args['upscale_kernel']}", sep="\n")
 options = {k: v for k, v in args.items() if k.startswith(prefixes) and v is not None}  # None: as the preset has it
-print(f"--crop_px={args['resolution']}", *(f"--{k}={v}" for k, v in options.items()), sep="\n")
+print(*(f"--{k}={v}" for k, v in options.items()), sep="\n")
 END
 )"
 while IFS= read -r option; do
   scoring+=("$option")
 done <<<"$trained"
 "$PYTHON" "$ROOT/test_deg_lora_flux_kontext.py" --pretrained_model_name_or_path "$MODEL_NAME" --lora "$OUTPUT_DIR" \
-  --clean "$HELDOUT_ROOT" --output "$OUTPUT_DIR" "${scoring[@]}"
+  --clean "$HELDOUT_ROOT" --output "$OUTPUT_DIR" "${scoring[@]}" ${TEST_OPTIONS:-}
 
 echo "
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. All of it lies in $OUTPUT_DIR:

@@ -49,9 +49,9 @@ def parse_args(argv=None):
     add("--output", required=True, help="folder of the results, one JSON file per seed")
     add("--seeds", type=int, nargs="*", default=[0])
     add("--steps", type=int, default=200, help="training steps of k = 1")
-    add("--heldout_images", type=int, default=32, help="scored images, one crop each")
+    add("--heldout_images", type=int, default=50, help="scored images, one crop each")
     add("--resolution", type=int, default=64, help="side of the training crops, px")
-    add("--score_px", type=int, default=128, help="side of the scored crops, px")
+    add("--score_px", type=int, default=64, help="side of the scored crops, px")
     add("--table", action="store_true", help="train nothing")
     add("--script_args", default="--degradation_types downsample,blur,noise --lr_scale 2 --blur_radius 1.0 "
         f"--noise_level {25 / 255:.4f} --train_batch_size 8 --rank 32 --learning_rate 3e-3 --lr_warmup_steps 20 "

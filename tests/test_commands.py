@@ -54,12 +54,12 @@ def assert_refused(run, *words):
 def test_default_job_trains_scores_and_says_where_everything_lies(tmp_path):
     output = tmp_path / "out"
     run = bash("run_scripts.sh", *SHORT, "--degradation_types", "noise", "--noise_level", "0.2",
-               folder=tmp_path, OUTPUT_DIR=str(output))
+               folder=tmp_path, OUTPUT_DIR=str(output), TEST_OPTIONS="--crop_px 32 --crops_per_image 2")
     expect(trained_args(run, output), base_model_id="tiny-kontext", start_noise="0", rank=4)
 
     report = json.loads((output / "metrics.json").read_text())
     assert set(report["rows"]) == {"input", "input_vae", "nlm", "bilateral", "base", "lora", "ceiling"}
-    expect(report["arguments"], degradation_types="noise", noise_level="0.2", crop_px=32)  # scored as it was trained
+    expect(report["arguments"], degradation_types="noise", noise_level="0.2", crop_px=32)  # as trained, as told
     with open(output / "scores.csv", encoding="utf-8") as file:
         images = {row["image"] for row in csv.DictReader(file)}
     assert {name.rsplit("/")[-1] for name in images} == {"coffee.png", "motorcycle_left.png", "flower.jpg"}
