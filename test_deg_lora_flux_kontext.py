@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from my_dataset.dataset_deg_paired import KERNELS, folder_records, item_seed, pair_records, to_tensor
+from my_dataset.dataset_deg_paired import KERNELS, folder_records, heldout_seed, item_seed, pair_records, to_tensor
 from my_dataset.degradations import add_degradation_args, degrader_from_args
 from my_dataset.images import MAX_PIXELS, load_image, save_image
 from my_dataset.outputs import is_done, plan_outputs, sidecar_path
@@ -307,8 +307,8 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     for index in tqdm(np.linspace(0, len(records) - 1, count).round().astype(int).tolist(), unit="image", disable=None):
         name, image_scores, params = records[index].name, [], []
         try:
-            pairs = load_pairs(records[index], index, degrade, args.seed, args.crop_px, args.crops_per_image,
-                               args.upscale_kernel, args.max_pixels)
+            pairs = load_pairs(records[index], index, degrade, heldout_seed(args.seed), args.crop_px,
+                               args.crops_per_image, args.upscale_kernel, args.max_pixels)
             for crop, (target, control, degradation) in enumerate(pairs):
                 with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
                     rows = make_rows(args, pipe, text, settings, steps, start_noise, target, control,

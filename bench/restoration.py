@@ -79,7 +79,6 @@ PICTURE_PX, CELL_PX = 128, 384  # pixels are drawn three times their size
 LABELS = ROWS | {
     "bicubic": "bicubic enlargement of the same small image",
     "lanczos": "Lanczos enlargement of the same small image",
-    "bilateral": "bilateral filter",
     "nlm_unsharp": "non-local means + unsharp mask",
 }
 HEADINGS = {"psnr": "PSNR dB [95 %]", "psnr_y": "PSNR-Y dB [95 %]", "ssim": "SSIM", "ssim_y": "SSIM-Y",
@@ -321,8 +320,9 @@ def make_models(args):
         models.append(Model(path, settings, variants))
     base = script.resolve_settings(changed(args, lora=None, start_noise=None, fidelity=None,
                                            num_inference_steps=None))[0]
-    if models:  # the same prompt, or the base model would be judged by another task
-        base |= {name: models[0].settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
+    if models:  # and tiles, or the base model would be judged by another task
+        shared = ("prompt", "guidance_scale", "max_sequence_length", "resolution")
+        base |= {name: models[0].settings[name] for name in shared}
     rows = [(f"base model without LoRA, {steps} step{'s' * (steps > 1)}", steps, 1.0) for steps in args.base_steps]
     return [Model(None, base, rows), *models], left_out
 

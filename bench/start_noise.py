@@ -25,8 +25,15 @@ import torch
 
 import train_deg_lora_flux_kontext as script
 from my_dataset.dataset_deg_bucket import BucketBatchSampler
-from my_dataset.dataset_deg_paired import collate_fn, dataset_from_args, folder_records
+from my_dataset.dataset_deg_paired import (
+    check_no_overlap,
+    collate_fn,
+    dataset_from_args,
+    folder_records,
+    heldout_seed,
+)
 from my_dataset.degradations import degrader_from_args
+from my_dataset.images import list_images
 from my_dataset.scored_pairs import load_pairs
 from utils import flux, lora, metrics, run
 from utils.losses import make_perceptual_loss
@@ -36,8 +43,8 @@ from utils.restore import make_settings, restore
 ARMS = [(k, reference, loss) for loss in ("none", "gradient")
         for k, reference in ((1, True), (0.5, True), (0.25, True), (0, True), (0.5, False), (0.25, False), (0, False))]
 SAMPLING_STEPS = (1, 2, 4, 8, 28)
-TIMED_STEPS = 10
-LONGEST = 2.5  # an arm gets at most this many times --steps for equal time
+WARM_UP_STEPS, TIMED_STEPS = 3, 20  # the first steps are not timed, and the median of the others up to here counts
+LONGEST = 2.5  # an arm gets at most this many times --steps for equal time; the table marks it
 
 
 def parse_args(argv=None):
@@ -59,6 +66,9 @@ def parse_args(argv=None):
         "--lora_layers attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,ff.net.0.proj,ff.net.2,proj_mlp,proj_out,x_embedder",
         help="options of the training script that all arms share")
     args = parser.parse_args(argv)
+    if args.steps < TIMED_STEPS or args.heldout_images < 1:
+        raise ValueError(f"give --steps {TIMED_STEPS} or more, of which the first are timed, and --heldout_images 1 or "
+                         "more")
     if not args.table and not (args.train_root and args.heldout_root):
         raise ValueError("give --train_root and --heldout_root, or --table for what is already there")
     return args
@@ -78,8 +88,9 @@ def script_args(args, arm, seed):
 def load_crops(args, degrade):
     """(target, control), each (N, 3, px, px): the centre crop of images spread evenly over the held-out folder."""
     records = folder_records(args.heldout_root)
+    check_no_overlap(list_images(args.train_root), [record.target for record in records])
     chosen = np.linspace(0, len(records) - 1, min(args.heldout_images, len(records))).round().astype(int).tolist()
-    pairs = [load_pairs(records[i], i, degrade, 0, args.score_px, 1)[0] for i in chosen]
+    pairs = [load_pairs(records[i], i, degrade, heldout_seed(0), args.score_px, 1)[0] for i in chosen]
     return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
 
@@ -97,10 +108,12 @@ def score(pipe, text, settings, target, control):
 def train_arm(args, arm, seed, encoded, dataset, crops, budget_s):
     """Train one arm; {"equal steps": scores, "equal time": scores, "step_s": CPU seconds, "steps": {...}}.
 
-    budget_s: CPU seconds that k = 1 took for its steps, or None when this is that arm."""
+    budget_s: CPU seconds of k = 1 for its steps (the step itself, without data and averaging), or None when this is
+    that arm. "capped": whether LONGEST cut the arm short of equal time."""
     options = script_args(args, arm, seed)
     pipe = flux.load_models(args.model, "cpu", torch.float32)
-    parameters = lora.attach(pipe.transformer, options.rank, seed=seed)
+    parameters = lora.attach(pipe.transformer, options.rank, options.lora_alpha, options.lora_dropout,
+                             options.lora_layers, options.use_dora, options.use_rslora, seed)
     optimizer = run.make_optimizer(parameters, options, 1)
     lr_scheduler = run.make_lr_scheduler(optimizer, options)
     ema = lora.make_ema(parameters, options.ema_decay)
@@ -125,9 +138,10 @@ def train_arm(args, arm, seed, encoded, dataset, crops, budget_s):
         ema.step(parameters)
         step += 1
         if step == TIMED_STEPS:
-            step_s = statistics.median(times)
-            affordable = args.steps if budget_s is None else round(budget_s / step_s)
-            goals["equal time"] = max(TIMED_STEPS, min(affordable, round(LONGEST * args.steps)))
+            step_s = statistics.median(times[WARM_UP_STEPS:])
+            affordable = args.steps if budget_s is None else max(TIMED_STEPS, round(budget_s / step_s))
+            goals["equal time"] = min(affordable, round(LONGEST * args.steps))
+            result |= {"step_s": step_s, "capped": affordable > goals["equal time"]}
         for name in [name for name, goal in goals.items() if goal == step]:
             pipe.transformer.eval()
             with lora.averaged(ema, parameters):
@@ -135,7 +149,7 @@ def train_arm(args, arm, seed, encoded, dataset, crops, budget_s):
             result["steps"][name] = step
             pipe.transformer.train()
         if step >= TIMED_STEPS and step == max(goals.values()):
-            return result | {"step_s": statistics.median(times)}
+            return result
 
 
 def name_of(arm):
@@ -147,6 +161,11 @@ def run_seed(args, seed):
     """Train every arm that the seed's file lacks; the file is complete after each."""
     path = Path(args.output) / f"seed-{seed}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    shared = {name: value for name, value in vars(args).items() if name not in ("output", "seeds", "table")}
+    known = results.setdefault("arguments", shared)
+    if changed := [name for name in shared if known[name] != shared[name]]:
+        raise ValueError(f"{path} was made with another --{changed[0]} ({known[changed[0]]}); give the same, or "
+                         "another --output")
     first = script_args(args, ARMS[0], seed)
     degrade = degrader_from_args(first)
     dataset = dataset_from_args(first, degrade, first.instance_prompt, seed)
@@ -163,7 +182,7 @@ def run_seed(args, seed):
         reference = results.get(name_of(ARMS[0]))
         result = train_arm(args, arm, seed, encoded, dataset, crops, reference and reference["step_s"] * args.steps)
         results[name_of(arm)] = result
-        results["run"] = {"arguments": vars(args), "date": str(date.today()), "machine": platform.processor() or
+        results["run"] = {"date": str(date.today()), "machine": platform.processor() or
                           platform.machine(), "torch": torch.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
         write_json(path, results)
         psnr = {steps: round(statistics.mean(values["psnr"]), 2) for steps, values in result["equal steps"].items()}
@@ -187,8 +206,9 @@ def table(folder):
                     "budget": budget, "arm": arm, "sampling_steps": int(steps), "seeds": len(found),
                     "psnr": statistics.mean(psnr), "psnr_std": statistics.stdev(psnr) if len(psnr) > 1 else "",
                     "laplacian": statistics.mean(sharp),
-                    "training_steps": statistics.mean(r["steps"][budget] for r in found) if arm != "base" else 0})
-    lines = []
+                    "training_steps": statistics.mean(r["steps"][budget] for r in found) if arm != "base" else 0,
+                    "capped": budget == "equal time" and any(r["capped"] for r in found)})
+    lines = ["\nPSNR in dB (Laplacian energy over the clean images'); *: fewer steps than equal time allows."]
     for budget in ("equal steps", "equal time"):
         heads = " | ".join(f"{steps} step{'s' * (steps > 1)}" for steps in SAMPLING_STEPS)
         lines += [f"\n{budget.capitalize()}:\n", f"| start noise | training steps | {heads} |",
@@ -197,7 +217,8 @@ def table(folder):
             cells = [row for row in rows if (row["budget"], row["arm"]) == (budget, arm)]
             texts = [f"{cell['psnr']:.2f}" + (f" ± {cell['psnr_std']:.2f}" if cell["psnr_std"] != "" else "")
                      + f" ({cell['laplacian']:.2f})" for cell in cells]
-            lines.append(f"| {arm} | {cells[0]['training_steps']:.0f} | {' | '.join(texts)} |")
+            trained = f"{cells[0]['training_steps']:.0f}{'*' * cells[0]['capped']}"
+            lines.append(f"| {arm} | {trained} | {' | '.join(texts)} |")
     return lines, rows
 
 

@@ -27,7 +27,7 @@ KERNELS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Streams of one item's randomness: one that is drawn from more or less often leaves the others alone.
-GEOMETRY_STREAM, DEGRADATION_STREAM, TRAINING_STREAM, ORDER_STREAM, IDENTITY_STREAM = range(5)
+GEOMETRY_STREAM, DEGRADATION_STREAM, TRAINING_STREAM, ORDER_STREAM, IDENTITY_STREAM, HELDOUT_STREAM = range(6)
 MAX_RETRIES = 32
 
 
@@ -43,6 +43,11 @@ def item_rng(seed, epoch, index, stream=GEOMETRY_STREAM):
 def item_seed(seed, epoch, index):
     """63-bit seed of the torch generator that draws sigma, noise and VAE sample of this item in training."""
     return int(_entropy(seed, epoch, index, TRAINING_STREAM).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def heldout_seed(seed):
+    """The seed of held-out images: they must not get the very noise that training with `seed` gives to its own."""
+    return int(_entropy(seed, 0, 0, HELDOUT_STREAM).generate_state(1, np.uint32)[0])
 
 
 class HubImage(NamedTuple):

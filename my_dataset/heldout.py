@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from my_dataset.dataset_deg_paired import DegDataset, check_no_overlap, folder_records, pair_records
+from my_dataset.dataset_deg_paired import DegDataset, check_no_overlap, folder_records, heldout_seed, pair_records
 from my_dataset.degradations import parse_range
 from my_dataset.images import list_images, load_rgb
 
@@ -21,7 +21,7 @@ def heldout_from_args(args, training, degrade):
         if degrade is None or training.is_paired:
             raise ValueError("--heldout_root beside stored pairs needs --heldout_lr_root with their degraded partners")
     check_no_overlap([r.target for r in training.records if isinstance(r.target, Path)], [r.target for r in records])
-    dataset = DegDataset(records, degrade, args.resolution, crop="center", seed=args.seed,
+    dataset = DegDataset(records, degrade, args.resolution, crop="center", seed=heldout_seed(args.seed),
                          upscale_kernel=args.upscale_kernel, max_pixels=args.max_pixels,
                          crop_zoom=parse_range(args.crop_zoom, "--crop_zoom", 1))
     return [dataset[i] for i in range(min(args.num_validation_images, len(dataset)))]

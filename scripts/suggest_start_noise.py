@@ -3,9 +3,9 @@
     python -m scripts.suggest_start_noise --pretrained_model_name_or_path /path/to/FLUX.1-Kontext-dev \\
         --hr_root photos --degradation_types downsample,noise
 
-Of degraded latents c and clean ones x, 1 / e^2 = mean(x^2) / mean((c - x)^2) is the ratio that the degradation leaves.
-A noisy latent (1 - k) x + k eps has mean(x^2) (1 - k)^2 / k^2. Both agree at k = e / (1 + e), with latents of unit mean
-square: from there on, the start's own noise hides the damage (the choice of OMGSR, there among timesteps)."""
+With e^2 = mean((c - x)^2) of degraded latents c and clean ones x, the degradation leaves the ratio mean(x^2) / e^2. A
+noisy latent (1 - k) x + k eps has mean(x^2) (1 - k)^2 / k^2. Both agree at k = e / (1 + e): from there on, the start's
+own noise hides the damage (the choice of OMGSR, there among timesteps)."""
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ def parse_args(argv=None):
 
 
 def matching_start_noise(target, control):
-    """k in [0, 1) of latents (B, C, h, w) of the same images, clean and degraded: e / (1 + e) of the relative
-    root-mean-square error e. 0 for equal latents, 1/2 where the damage is as strong as the image."""
-    error = ((control - target).square().mean() / target.square().mean()).sqrt().item()
+    """k in [0, 1) of latents (B, C, h, w) of the same images, clean and degraded: e / (1 + e) of the root-mean-square
+    error e. 0 for equal latents, 1/2 where the damage is as strong as the flow's unit noise."""
+    error = (control - target).square().mean().sqrt().item()
     return error / (1 + error)
 
 

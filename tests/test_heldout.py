@@ -130,3 +130,14 @@ def test_validation_images_are_a_file_a_folder_or_none(photos):
     image, = load_validation_images(make_args(photos, validation_image=str(path)))
     assert image.dtype == np.uint8 and np.array_equal(image, np.asarray(Image.open(path)))
     assert len(load_validation_images(make_args(photos, validation_image=str(photos / "heldout")))) == 2
+
+
+def test_held_out_images_do_not_get_the_noise_of_the_training_images(photos):
+    training = DegDataset(photos / "train", add_noise, 32, crop="center")
+    heldout = heldout_from_args(make_args(photos), training, add_noise)
+    noises = [(item["control"] - item["target"]).flatten() for item in (training[0], training[(0, 1)], heldout[0])]
+    inside = (torch.stack(noises).abs() < 0.9).all(0)
+    correlation = torch.corrcoef(torch.stack([noise[inside] for noise in noises]))
+    assert correlation[0, 2].abs() < 0.1 and correlation[0, 1].abs() < 0.1
+    again = heldout_from_args(make_args(photos), training, add_noise)
+    assert torch.equal(heldout[0]["control"], again[0]["control"])

@@ -1,5 +1,6 @@
 """The start-noise study on a tiny random model: every arm is trained on the same data and reported once."""
 
+import argparse
 import json
 
 import pytest
@@ -11,9 +12,9 @@ from bench import start_noise
 def study(tiny_model, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     options = ["--model", tiny_model, "--train_root", str(photos / "train"), "--heldout_root", str(photos / "heldout"),
-               "--output", str(folder), "--steps", "11", "--heldout_images", "2", "--resolution", "32",
+               "--output", str(folder), "--steps", "20", "--heldout_images", "2", "--resolution", "32",
                "--score_px", "32", "--script_args", "--degradation_types noise --train_batch_size 2 --rank 2 "
-               "--max_sequence_length 16 --perceptual_crop 0 --learning_rate 1e-3"]
+               "--max_sequence_length 16 --perceptual_crop 0 --learning_rate 1e-3 --lora_layers x_embedder,proj_out"]
     args = start_noise.parse_args(options)
     start_noise.run_seed(args, 0)
     return args, json.loads((folder / "seed-0.json").read_text(encoding="utf-8"))
@@ -24,10 +25,45 @@ def test_every_arm_is_scored_at_equal_steps_and_equal_time(study):
     for arm in start_noise.ARMS:
         result = results[start_noise.name_of(arm)]
         assert result["steps"]["equal steps"] == args.steps
-        assert start_noise.TIMED_STEPS <= result["steps"]["equal time"] <= start_noise.LONGEST * args.steps
+        assert start_noise.TIMED_STEPS <= result["steps"]["equal time"] <= 50  # 2.5 times 20
         for budget in ("equal steps", "equal time"):
             assert set(result[budget]) == set(map(str, start_noise.SAMPLING_STEPS))
     assert results[start_noise.name_of(start_noise.ARMS[0])]["steps"]["equal time"] == args.steps
+
+
+def test_the_shared_options_reach_every_arm(study):
+    """--lora_layers too: its layers, and no others, are trained."""
+    args, _ = study
+    options = start_noise.script_args(args, start_noise.ARMS[1], 0)
+    assert options.lora_layers == "x_embedder,proj_out" and options.start_noise == "0.5" and options.rank == 2
+
+
+def test_a_seed_made_with_other_options_is_refused_by_name(study):
+    args, _ = study
+    changed = argparse.Namespace(**vars(args) | {"score_px": 48})
+    with pytest.raises(ValueError, match="--score_px"):
+        start_noise.run_seed(changed, 0)
+
+
+def test_equal_time_is_the_budget_over_the_arm_s_own_step(study, monkeypatch):
+    """Steps that take 1 s of a clock of our own, against a budget of 31 s; and one that allows more than the cap."""
+    args, _ = study
+    options = start_noise.script_args(args, start_noise.ARMS[3], 0)
+    degrade = start_noise.degrader_from_args(options)
+    dataset = start_noise.dataset_from_args(options, degrade, options.instance_prompt, 0)
+    encoded = start_noise.flux.encode_prompts(args.model, [options.instance_prompt], "cpu", start_noise.torch.float32,
+                                              16)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(start_noise.time, "process_time", lambda: next(clock))
+    trained = []
+    attach = start_noise.lora.attach
+    monkeypatch.setattr(start_noise.lora, "attach", lambda model, *rest: trained.append(model) or attach(model, *rest))
+    for budget_s, steps, capped in ((31, 31, False), (1000, 50, True)):
+        result = start_noise.train_arm(args, start_noise.ARMS[3], 0, encoded, dataset,
+                                       start_noise.load_crops(args, degrade), budget_s)
+        assert result["steps"] == {"equal steps": 20, "equal time": steps} and result["capped"] is capped
+    names = [name for name, parameter in trained[0].named_parameters() if parameter.requires_grad]
+    assert names and all("x_embedder" in name or "proj_out" in name for name in names)
 
 
 def test_only_start_noise_below_1_is_tried_without_reference_tokens():

@@ -10,18 +10,20 @@ from scripts import suggest_start_noise as script
 from tests.conftest import PROJECT_ROOT
 
 
-def test_equal_latents_need_no_noise_and_damage_as_strong_as_the_image_half():
+def test_equal_latents_need_no_noise_and_damage_as_strong_as_unit_noise_half():
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     assert script.matching_start_noise(latents, latents) == 0
-    assert script.matching_start_noise(latents, 0 * latents) == pytest.approx(0.5)
+    assert script.matching_start_noise(latents, latents + 1) == pytest.approx(0.5)
 
 
-def test_noisy_latents_of_unit_mean_square_at_the_suggestion_have_the_damage_s_signal_to_noise_ratio():
+@pytest.mark.parametrize("contrast", [0.3, 1, 2])
+def test_noisy_latents_at_the_suggestion_have_the_damage_s_signal_to_noise_ratio(contrast):
     generator = torch.Generator().manual_seed(1)
-    target = torch.randn(1, 16, 64, 64, generator=generator)
-    control = target + 0.6 * torch.randn(target.shape, generator=generator)
-    k = script.matching_start_noise(target, control)
-    assert (1 - k) ** 2 / k**2 == pytest.approx(1 / 0.6**2, rel=0.02)
+    target, damage, noise = (torch.randn(1, 16, 64, 64, generator=generator) for _ in range(3))
+    target, damage = contrast * target, 0.6 * damage
+    k = script.matching_start_noise(target, target + damage)
+    left = target.square().mean() / damage.square().mean()
+    assert ((1 - k) * target).square().mean() / (k * noise).square().mean() == pytest.approx(left.item(), rel=0.02)
 
 
 def test_suggestion_is_the_median_and_the_bridge_where_the_damage_is_slight():
