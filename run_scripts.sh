@@ -61,6 +61,7 @@ else
     --max_train_steps 1200
     --start_noise 0
     --no-reference_tokens
+    --train_sigmas 1,0.5
     --checkpointing_steps 400
     --checkpoints_total_limit 1
     --validation_steps 400
