@@ -91,7 +91,7 @@ def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(tra
     assert set(losses) == {0, 30, 60} and losses[60] < 0.97 * losses[0]
 
     # Stock loading and the stored settings give the numbers that training reported for its live model.
-    from my_dataset.dataset_deg_paired import DegDataset
+    from my_dataset.dataset_deg_paired import DegDataset, heldout_seed
     from my_dataset.degradations import make_degrader
 
     settings = lora.read_settings(tmp_path / "out")
@@ -99,7 +99,7 @@ def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(tra
     pipe = flux.load_models(tiny_model, "cpu", torch.float32)
     lora.load(pipe, tmp_path / "out")
     text = flux.encode_prompts(tiny_model, [settings["prompt"]], "cpu", torch.float32, settings["max_sequence_length"])
-    heldout = DegDataset(photos / "heldout", make_degrader("noise"), 32, crop="center")
+    heldout = DegDataset(photos / "heldout", make_degrader("noise"), 32, crop="center", seed=heldout_seed(0))
     scores = validation.validate(pipe, [heldout[0]], text[settings["prompt"]], settings, 1, 0, tmp_path / "grid.png")
     assert scores["validation/loss"] == pytest.approx(losses[60], rel=1e-5)
 
