@@ -9,12 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from t
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+cv2.setNumThreads(1)  # a forked loader process waits for ever on a pool that its parent had
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
