@@ -95,6 +95,16 @@ def degraded(clean, name, index, seed=0):
 # ---- degraded sets ----
 
 
+def test_published_sets_do_not_change(synthetic):
+    """Fails where a change of a degradation would change numbers that were published for the same set."""
+    found = {name: each["sha256"] for name, each in describe(synthetic).items()}
+    assert {name: found[name] for name in EXACT_HASHES} == EXACT_HASHES
+    assert EXACT_HASHES.keys() | PSNRS.keys() == set(restoration.SETS)
+    for name, expected in PSNRS.items():
+        measured = np.mean([cv2.PSNR(*degraded(synthetic, name, index)) for index in range(3)])
+        assert measured == pytest.approx(expected, abs=0.01), name
+
+
 def test_a_degraded_image_depends_on_set_name_seed_and_place_alone(synthetic):
     every, reverse = describe(synthetic, "--sets", "noise25,heavy"), describe(synthetic, "--sets", "heavy,noise25")
     assert every == reverse
