@@ -510,8 +510,9 @@ def load_trained(model, path):
     if not tensors:
         return "not trained"
     model.load_state_dict(prefixed(tensors, "ema."))
-    minutes = float(metadata["seconds"]) / 60
-    return f"{metadata['step']} of {metadata['steps']} steps, {minutes:.0f} minutes on one thread"
+    seconds = float(metadata["seconds"])
+    took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f"{metadata['step']} of {metadata['steps']} steps, {took} on one thread"
 
 
 def model_card(pipe, args, vae_training, base_training, figures):

@@ -164,6 +164,32 @@ def test_make_script_continues_where_it_was_stopped(tmp_path):
     assert not torch.equal(longer["0.weight"], whole["0.weight"])
 
 
+def test_make_command_trains_every_stage_and_names_the_photographs_in_the_card(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(tiny.load_sample("skimage chelsea")).save(photos / "cat.png")
+    monkeypatch.setattr(tiny, "measure", lambda pipe: "figures")
+    monkeypatch.setattr(tiny, "DRAWINGS", 2)
+
+    def make(*words):
+        monkeypatch.setattr("sys.argv", ["make_tiny_kontext", "--work_dir", str(tmp_path / "state"), "--output_dir",
+                                         str(tmp_path / "model"), "--photos", str(photos), *words])
+        tiny.main()
+
+    with pytest.raises(ValueError, match="one --credit line for every --photos folder"):
+        make()
+    assert not (tmp_path / "model").exists()
+    make("--credit", "a cat by Stefan van der Walt, CC0", "--vae_steps", "4", "--base_steps", "2", "1", "--seed", "3")
+    steps = {path.stem: tiny.load_state(path)[1]["step"] for path in (tmp_path / "state").iterdir()}
+    assert steps == {"vae": "4", "decoder": "2", "base": "3"}
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "- a cat by Stefan van der Walt, CC0\n" in card and "figures" in card
+    assert "3 of 3 steps" in card and "seed 3;" in card and " seconds on one thread" in card
+    trained = FluxKontextPipeline.from_pretrained(tmp_path / "model").transformer.state_dict()
+    first = tiny.make_pipeline(3).transformer.state_dict()
+    assert not all(torch.equal(trained[key], first[key].to(trained[key].dtype)) for key in first)
+
+
 def test_rate_decays_in_every_round_from_half_the_rate_of_the_one_before():
     rates = [tiny.decayed(step, (1000, 500), 0.4) for step in range(1500)]
     assert rates[0] == pytest.approx(0.004) and rates[99] == pytest.approx(0.4, rel=0.03)
