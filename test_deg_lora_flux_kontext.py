@@ -29,7 +29,7 @@ from utils import flow_matching as fm
 from utils import flux, lora, metrics
 from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
-from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
+from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
 from utils.score import (
     DEFINITIONS,
@@ -48,6 +48,7 @@ from utils.tiles import (
     choose_tiling,
     restore_tiled,
     round_trip_tiled,
+    tile_options,
     within_memory,
 )
 from utils.utils import to_uint8
@@ -117,22 +118,25 @@ def check_args(args):
         raise ValueError("give either --input (restore degraded images) or --clean (score on clean images)")
     if args.degraded and not args.clean:
         raise ValueError("--degraded needs --clean with the clean images of the pairs")
-    for flag, least in (("num_images", 1), ("seed", 0), ("max_images", 1), ("crop_px", 0), ("crops_per_image", 1),
-                        ("grid_images", 0), ("max_pixels", 1), ("num_inference_steps", 1), ("max_sequence_length", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: give {least} or more")
+    check_least(args, num_images=1, crops_per_image=1, max_pixels=1, num_inference_steps=1)
+    check_scoring_args(args)
+    if args.fidelity is not None and (args.start_noise is not None or not 0 <= args.fidelity <= 1):
+        raise ValueError(f"--fidelity {args.fidelity}: give 0 to 1, without --start_noise, which it stands for")
+    if Path(args.suffix).name != args.suffix:
+        raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
+    flux.check_model(args.pretrained_model_name_or_path)
+
+
+def check_scoring_args(args):
+    """Refuse senseless numbers of the options that scoring has here and in bench/restoration.py. ValueError naming the
+    flag."""
+    check_least(args, seed=0, max_images=1, crop_px=0, grid_images=0, max_sequence_length=1)
     if (args.max_sequence_length or 1) > 512:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
     for flag in ("lora_weight", "guidance_scale"):
         if not math.isfinite(getattr(args, flag) or 0):
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a finite number")
-    if args.fidelity is not None and (args.start_noise is not None or not 0 <= args.fidelity <= 1):
-        raise ValueError(f"--fidelity {args.fidelity}: give 0 to 1, without --start_noise, which it stands for")
     check_tile_args(args)
-    if Path(args.suffix).name != args.suffix:
-        raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
-    flux.check_model(args.pretrained_model_name_or_path)
 
 
 def choose_device(args):
@@ -192,20 +196,26 @@ def load_models(args, settings, device, dtype):
 
 
 def by_tiles(run, vae, image, tiling):
-    """run(tiling), with smaller tiles where memory does not suffice for `image`."""
-    return within_memory(run, tiling, *image.shape[-2:], flux.size_multiple(vae))
+    """(run(tiling), its tile_options), with smaller tiles where memory does not suffice for `image`."""
+    size, multiple = image.shape[-2:], flux.size_multiple(vae)
+    result, used = within_memory(run, tiling, *size, multiple)
+    return result, tile_options(used, *size, multiple)
 
 
 def restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling=WHOLE, color="off"):
-    """Restored image of `control`, both (1, 3, H, W) in [-1, 1]: in tiles, then `color`, one of COLOR_FIXES. On the
-    CPU. ValueError where the model gives no numbers."""
-    restored = by_tiles(lambda tiling: restore_tiled(pipe, control, text, settings, steps, seed, start_noise, tiling),
-                        pipe.vae, control, tiling)
-    return color_fix(restored, control.cpu(), color)
+    """(restored image of `control`, its tile_options), both images (1, 3, H, W) in [-1, 1]: in tiles, then `color`, one
+    of COLOR_FIXES. On the CPU. ValueError where the model gives no numbers."""
+
+    def run(tiling):
+        return restore_tiled(pipe, control, text, settings, steps, seed, start_noise, tiling)
+
+    restored, used = by_tiles(run, pipe.vae, control, tiling)
+    return color_fix(restored, control.cpu(), color), used
 
 
 def describe_run(args, settings, steps, start_noise, dtype):
-    """All that a restoration depends on but its input and seed, JSON-safe: for sidecars and metrics.json."""
+    """All that a restoration depends on but its input and seed, JSON-safe: for sidecars and metrics.json, which also
+    name the tiles_used of each image: what --tile auto, --tile_overlap and the memory came to."""
     file = lora.find_file(args.lora) if args.lora else None
     return {
         "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
@@ -250,11 +260,11 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
             image = load_image(path, args.max_pixels)
             height, width = image.rgb.shape[:2]
             with out_of_memory_explained(f"{width}x{height} px"):
-                restored = restore_image(pipe, to_tensor(image.rgb)[None], text, settings, steps, sidecar["seed"],
-                                         start_noise, tiling, args.color_fix)
+                restored, used = restore_image(pipe, to_tensor(image.rgb)[None], text, settings, steps, sidecar["seed"],
+                                               start_noise, tiling, args.color_fix)
             output.parent.mkdir(parents=True, exist_ok=True)
             save_image(output, to_uint8(restored[0]), image.alpha, image.icc_profile, image.exif)
-            write_json(sidecar_path(output), sidecar)
+            write_json(sidecar_path(output), sidecar | {"tiles_used": used})
         except (ValueError, OSError) as error:
             failures.append((path, error))
     print(f"{len(plan) - skipped - len(failures)} restored, {skipped} already there, {len(failures)} failed: "
@@ -263,7 +273,8 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
 
 
 def make_rows(args, pipe, text, settings, steps, start_noise, target, control, seed):
-    """{row: image} of everything that is compared with `target`; all (1, 3, H, W) in [-1, 1] on the CPU."""
+    """({row: image}, {row: tile_options}) of everything that is compared with `target`, and of those of it that went
+    through the model; images (1, 3, H, W) in [-1, 1] on the CPU."""
     tiling = choose_tiling(args, settings, pipe.vae)
 
     def round_trip(image):
@@ -272,8 +283,8 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
     def restore(settings, start_noise):
         return restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling, args.color_fix)
 
-    rows = {"input": control, "input_vae": round_trip(control)}
-    degraded = to_uint8(control[0])
+    rows, used, degraded = {"input": control}, {}, to_uint8(control[0])
+    rows["input_vae"], used["input_vae"] = round_trip(control)
     if args.nlm_row:
         rows |= {f"nlm h={h}": to_tensor(denoise_nlm(degraded, h))[None] for h in NLM_STRENGTHS}
     if args.bilateral_row:
@@ -283,23 +294,22 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
         stock = STOCK_SETTINGS | {name: settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
         if args.lora:
             pipe.disable_lora()
-        rows["base"] = restore(stock, 1.0)
+        rows["base"], used["base"] = restore(stock, 1.0)
         if args.lora:
             pipe.enable_lora()
     if args.lora:
-        rows["lora"] = restore(settings, start_noise)
-    return rows | {"ceiling": round_trip(target)}
+        rows["lora"], used["lora"] = restore(settings, start_noise)
+    rows["ceiling"], used["ceiling"] = round_trip(target)
+    return rows, used
 
 
 def score_images(args, settings, steps, start_noise, device, dtype):
     """Score on --clean; returns 1 if some images failed, else 0."""
     names = metrics.available_metrics(args.lpips_backbone, args.lpips_net)
     names = metrics.parse_metrics(args.metrics) if args.metrics else names
+    degrade = None if args.degraded else degrader_from_args(args)
     lpips = metrics.lpips_model(args.lpips_backbone, args.lpips_net).to(device) if "lpips" in names else None
-    if args.degraded:
-        degrade, records = None, pair_records(args.degraded, args.clean, args.allow_missing)
-    else:
-        degrade, records = degrader_from_args(args), folder_records(args.clean)
+    records = folder_records(args.clean) if degrade else pair_records(args.degraded, args.clean, args.allow_missing)
     count = min(args.max_images or len(records), len(records))
     pipe, text = load_models(args, settings, device, dtype)
 
@@ -311,12 +321,12 @@ def score_images(args, settings, steps, start_noise, device, dtype):
                                args.crops_per_image, args.upscale_kernel, args.max_pixels)
             for crop, (target, control, degradation) in enumerate(pairs):
                 with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
-                    rows = make_rows(args, pipe, text, settings, steps, start_noise, target, control,
-                                     item_seed(args.seed, crop, index))
+                    rows, used = make_rows(args, pipe, text, settings, steps, start_noise, target, control,
+                                           item_seed(args.seed, crop, index))
                     measured = {row: measure(image.to(device), target.to(device), names, lpips)
                                 for row, image in rows.items()}
                 image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in rows]
-                params.append({"image": name, "crop": crop, "degradation": degradation})
+                params.append({"image": name, "crop": crop, "degradation": degradation, "tiles_used": used})
                 if crop == len(pairs) // 2:  # the middle of the photograph says more than its corner
                     picture = {row: image[0] for row, image in (rows | {"target": target}).items()}, measured
         except (ValueError, OSError) as error:

@@ -10,7 +10,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -33,6 +32,7 @@ from my_dataset.degradations import (
     noise,
     standard_normal,
 )
+from utils.parse import check_least, run_main
 
 REQUIRED_RATIO, REQUIRED_SECOND_ORDER_RATIO = 3.0, 8.0
 SCALE, NOISE_LEVEL, BLUR_RADIUS, QUALITY = 8, 0.05, 1.0, 75
@@ -228,9 +228,10 @@ def format_table(medians_ms: dict[str, float], size: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=512, help="side of the square image in px")
+    parser.add_argument("--size", type=int, default=512, help=f"side of the square image in px, {SCALE} or more")
     parser.add_argument("--rounds", type=int, default=30, help="and samples of the second-order chain")
     args = parser.parse_args()
+    check_least(args, size=SCALE, rounds=1)
     cv2.setNumThreads(1)
     medians_ms = measure(args.size, args.rounds)
     ours_ms, usual_ms = measure_second_order(args.size, args.rounds)
@@ -253,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -23,6 +23,7 @@ from my_dataset.dataset_deg_paired import to_tensor
 from my_dataset.images import load_rgb, save_image
 from utils import flux, metrics, tiles
 from utils.alignment import alignment
+from utils.parse import check_least, run_main
 
 PEAK_GB, SHIFT_PX, SCALE_PERCENT, SEAM = 3.0, 0.1, 0.1, 1.1
 
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--height", type=int, default=2000)
     parser.add_argument("--width", type=int, default=3000)
     options, more = parser.parse_known_args()
+    check_least(options, height=1, width=1)
     clean, degraded = make_pair(options.height, options.width)
     with tempfile.TemporaryDirectory() as folder:
         save_image(Path(folder, "degraded.png"), degraded)
@@ -94,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

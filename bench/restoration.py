@@ -45,7 +45,7 @@ from utils import flux, lora, metrics
 from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
 from utils.restore import choose_start_noise
 from utils.score import DEFINITIONS, ROWS, caption, measure, package_versions, readable, summarise, write_csv
-from utils.tiles import add_tile_args, check_tile_args, choose_tiling, round_trip_tiled
+from utils.tiles import add_tile_args, choose_tiling, round_trip_tiled
 from utils.utils import image_grid, to_uint8
 
 # By name: what the report says, and what make_degrader gets.
@@ -134,10 +134,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what can be refused before a model loads, and turn comma lists into lists. ValueError naming the flag."""
-    for flag, least in (("seed", 0), ("max_images", 1), ("crop_px", 0), ("grid_images", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}: give {least} or more")
+    script.check_scoring_args(args)
     args.sets = list(dict.fromkeys(parse_words(args.sets, "--sets", (*SETS, "custom"))))
     args.steps = parse_numbers(args.steps, "--steps", int)
     args.base_steps = [] if args.base_steps == "0" else parse_numbers(args.base_steps, "--base_steps", int)
@@ -146,7 +143,6 @@ def check_args(args):
     args.start_noise = parse_numbers(args.start_noise, "--start_noise", float) if args.start_noise else [None]
     if (given := custom_options(args)) and "custom" not in args.sets:
         raise ValueError(f"--{next(iter(given))} describes the set custom; add custom to --sets, or drop it")
-    check_tile_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
 
 
@@ -362,10 +358,12 @@ def model_rows(args, pipe, model, text, target, control, seed):
     tiling = choose_tiling(args, model.settings, pipe.vae)
 
     def round_trip(image):
-        return script.by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)
+        return script.by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)[0]
 
-    rows = {row: partial(script.restore_image, pipe, control, text, model.settings, steps, seed, start_noise, tiling)
-            for row, steps, start_noise in model.variants}
+    def restore(steps, start_noise):
+        return script.restore_image(pipe, control, text, model.settings, steps, seed, start_noise, tiling)[0]
+
+    rows = {row: partial(restore, steps, start_noise) for row, steps, start_noise in model.variants}
     if model.lora is None:
         rows |= {"input_vae": partial(round_trip, control), "ceiling": partial(round_trip, target)}
     return rows
@@ -491,8 +489,12 @@ def describe_machine(device):
 
 
 def choose_metrics(args, smallest_px):
-    """Names for score.measure. Says what is left out, and why."""
+    """Names for score.measure. Says what is left out, and why. ValueError where images are too small for the rest."""
     names = [*metrics.available_metrics(args.lpips_backbone, args.lpips_net), "laplacian"]
+    least_px = metrics.LPIPS_MIN_SIDE_PX if "lpips" in names else metrics.SSIM_WINDOW_PX
+    if smallest_px < least_px:
+        raise ValueError(f"the smallest image has {smallest_px} px a side and the metrics need {least_px}; give "
+                         "another --crop_px, or larger images to --clean")
     if "lpips" not in names:
         print(f"LPIPS left out: no {metrics.find_backbone(args.lpips_backbone, args.lpips_net)}")
     if smallest_px < metrics.MS_SSIM_MIN_SIDE_PX:

@@ -37,7 +37,7 @@ from my_dataset.images import list_images
 from my_dataset.scored_pairs import load_pairs
 from utils import flux, lora, metrics, run
 from utils.losses import make_perceptual_loss
-from utils.parse import make_parser, run_main, writable_folder, write_json
+from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
 from utils.restore import make_settings, restore
 
 ARMS = [(k, reference, loss) for loss in ("none", "gradient")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--heldout_root", help="folder of clean photographs to score on")
     add("--output", required=True, help="folder of the results, one JSON file per seed")
     add("--seeds", type=int, nargs="*", default=[0])
-    add("--steps", type=int, default=200, help="training steps of k = 1")
+    add("--steps", type=int, default=200, help=f"training steps of k = 1, {TIMED_STEPS} or more, which are timed")
     add("--heldout_images", type=int, default=50, help="scored images, one crop each")
     add("--resolution", type=int, default=64, help="side of the training crops, px")
     add("--score_px", type=int, default=64, help="side of the scored crops, px")
@@ -66,9 +66,9 @@ def parse_args(argv=None):
         "--lora_layers attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,ff.net.0.proj,ff.net.2,proj_mlp,proj_out,x_embedder",
         help="options of the training script that all arms share")
     args = parser.parse_args(argv)
-    if args.steps < TIMED_STEPS or args.heldout_images < 1:
-        raise ValueError(f"give --steps {TIMED_STEPS} or more, of which the first are timed, and --heldout_images 1 or "
-                         "more")
+    check_least(args, steps=TIMED_STEPS, heldout_images=1, score_px=1)
+    if min(args.seeds, default=0) < 0:
+        raise ValueError(f"--seeds {min(args.seeds)}: give 0 or more")
     if not args.table and not (args.train_root and args.heldout_root):
         raise ValueError("give --train_root and --heldout_root, or --table for what is already there")
     return args

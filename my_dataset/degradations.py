@@ -583,20 +583,23 @@ def degrade(image: np.ndarray, rng: np.random.Generator, settings: dict) -> tupl
     return apply_degradations(image, params), params
 
 
-# By the settings of a step that have one: the flag, what holds without flag and preset, and what reads the flag's text.
+# By the settings of a step that have one: the flag, what holds without flag and preset, what reads the flag's text, and
+# the types of step that read the setting.
 OPTIONS = {
-    "lr_scale": ("--lr_scale", "8", partial(parse_range, minimum=1, maximum=64)),
-    "noise_level": ("--noise_level", "0.05", partial(parse_range, minimum=0, maximum=1)),
-    "blur_radius": ("--blur_radius", "1.0", partial(parse_range, minimum=0, maximum=100)),
-    "jpeg_quality": ("--jpeg_quality", "75", parse_quality),
-    "down_kernels": ("--downsample_kernel", "bicubic", partial(parse_words, allowed=DOWN_KERNELS)),
-    "up_kernels": ("--upsample_kernel", "bicubic", partial(parse_words, allowed=UP_KERNELS)),
-    "noise_kinds": ("--noise_kind", "gaussian", partial(parse_words, allowed=NOISE_KINDS)),
-    "gray_noise_probability": ("--gray_noise_probability", "0", parse_probability),
-    "blur_kinds": ("--blur_kind", "gaussian", partial(parse_words, allowed=BLUR_KINDS)),
-    "codecs": ("--jpeg_codec", "jpeg", partial(parse_words, allowed=CODECS)),
-    "damage_strength": ("--damage_strength", "1", partial(parse_range, minimum=0, maximum=3)),
-}
+    "lr_scale": ("--lr_scale", "8", partial(parse_range, minimum=1, maximum=64), ("downsample",)),
+    "noise_level": ("--noise_level", "0.05", partial(parse_range, minimum=0, maximum=1), ("noise",)),
+    "blur_radius": ("--blur_radius", "1.0", partial(parse_range, minimum=0, maximum=100), ("blur",)),
+    "jpeg_quality": ("--jpeg_quality", "75", parse_quality, ("jpeg",)),
+    "down_kernels": (
+        "--downsample_kernel", "bicubic", partial(parse_words, allowed=DOWN_KERNELS), ("downsample", "resize")
+    ),
+    "up_kernels": ("--upsample_kernel", "bicubic", partial(parse_words, allowed=UP_KERNELS), ("downsample", "resize")),
+    "noise_kinds": ("--noise_kind", "gaussian", partial(parse_words, allowed=NOISE_KINDS), ("noise",)),
+    "gray_noise_probability": ("--gray_noise_probability", "0", parse_probability, ("noise",)),
+    "blur_kinds": ("--blur_kind", "gaussian", partial(parse_words, allowed=BLUR_KINDS), ("blur",)),
+    "codecs": ("--jpeg_codec", "jpeg", partial(parse_words, allowed=CODECS), ("jpeg",)),
+    "damage_strength": ("--damage_strength", "1", partial(parse_range, minimum=0, maximum=3), DAMAGE_TYPES),
+}  # fmt: skip
 FIXED_SETTINGS = {"resize_scale": (0.15, 1.5), "resize_chances": (0.2, 0.7, 0.1)}
 
 
@@ -622,14 +625,17 @@ def make_degrader(
     Strengths are numbers or "lo-hi" ranges, drawn uniformly (`jpeg_quality`: whole numbers, both ends included).
     `types` (default "downsample") are applied in the order listed unless `order` is "shuffled"; a type listed twice is
     applied twice. Lists of kernels, kinds and codecs are drawn from with equal chances. A `preset`, one of PRESETS,
-    brings types, strengths and probabilities instead; of these only `types` must not be given beside it, and what else
-    is given holds in all of its steps. Without one, what is None is as in OPTIONS and every probability is 1.
+    brings types, strengths and probabilities instead; `types` must not be given beside it, nor what none of its steps
+    reads, and what else is given holds in all of its steps. Without one, what is None is as in OPTIONS and every
+    probability is 1.
     Raises ValueError naming the flag of `add_degradation_args` that is wrong.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--degradation_preset: unknown {preset!r}, choose from {', '.join(PRESETS)}")
     if preset is not None and types is not None:
-        raise ValueError(f"--degradation_types beside --degradation_preset {preset}, which has its own; drop either")
+        raise ValueError(f"--degradation_types beside --degradation_preset {preset}, which has its own; drop either "
+                         "(run_scripts.sh and train_flow_matching.sh bring types unless --degradation_preset stands on "
+                         "their command line: give it there, not in a --config file)")
     if order not in ORDERS:
         raise ValueError(f"--degradation_order: unknown {order!r}, choose from {', '.join(ORDERS)}")
     if preset is None:
@@ -652,8 +658,12 @@ def make_degrader(
         "codecs": codecs,
         "damage_strength": damage_strength,
     }
-    defaults = FIXED_SETTINGS | {name: read(default, flag) for name, (flag, default, read) in OPTIONS.items()}
+    defaults = FIXED_SETTINGS | {name: read(default, flag) for name, (flag, default, read, _) in OPTIONS.items()}
     given = {name: OPTIONS[name][2](text, OPTIONS[name][0]) for name, text in texts.items() if text is not None}
+    for flag, _, _, readers in (OPTIONS[name] for name in given if preset is not None):
+        if not set(readers) & set(words):
+            raise ValueError(f"{flag} beside --degradation_preset {preset}, which has no step that reads it "
+                             f"({', '.join(readers)}); drop {flag}, or choose another preset")
 
     def complete(step):
         chance = chances.get(step["type"], step.get("probability", 1.0))
@@ -668,7 +678,7 @@ def add_degradation_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("degradation")
 
     def add(flag, text, default=None):
-        default = default or next(default for name, default, _ in OPTIONS.values() if name == flag)
+        default = default or next(default for name, default, *_ in OPTIONS.values() if name == flag)
         group.add_argument(flag, help=f"{text}; {default} where no preset says otherwise")
 
     group.add_argument("--degradation_preset", help=f"a chain that is made up already: {', '.join(PRESETS)}")
@@ -692,7 +702,7 @@ def degrader_from_args(args: Namespace) -> Callable[[np.ndarray, np.random.Gener
     """`make_degrader` with the options of `add_degradation_args`. Without a preset those that were left out are set to
     their defaults in `args`, so that what is written about the run names them."""
     if args.degradation_preset is None:
-        defaults = {flag: default for flag, default, _ in OPTIONS.values()}
+        defaults = {flag: default for flag, default, *_ in OPTIONS.values()}
         defaults |= {"--degradation_types": "downsample", "--degradation_probability": "1"}
         for flag, default in defaults.items():
             if getattr(args, flag[2:]) is None:

@@ -51,8 +51,9 @@ def sidecar_path(output):
 
 
 def is_done(output, sidecar):
-    """True if `output` decodes and its sidecar file says `sidecar`."""
+    """True if `output` decodes and its sidecar file says `sidecar`; what it says beyond that came of the run itself."""
     try:
-        return json.loads(sidecar_path(output).read_text(encoding="utf-8")) == sidecar and load_rgb(output) is not None
+        written = json.loads(sidecar_path(output).read_text(encoding="utf-8"))
+        return isinstance(written, dict) and written.items() >= sidecar.items() and load_rgb(output) is not None
     except (OSError, ValueError):  # missing or damaged, so it is not done
         return False

@@ -17,7 +17,9 @@ from my_dataset import damage
 from my_dataset.dataset_deg_paired import DegDataset, Record, add_data_args, dataset_from_args
 from my_dataset.degradations import (
     DAMAGE_TYPES,
+    DRAW,
     LAYERS,
+    OPTIONS,
     PRESETS,
     TYPES,
     add_degradation_args,
@@ -34,6 +36,7 @@ from my_dataset.degradations import (
     rescale,
     sinc_kernel,
 )
+from utils.parse import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -466,6 +469,45 @@ def test_types_beside_a_preset_are_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_a_preset_in_a_config_file_beside_a_script_s_own_types_is_refused_with_the_cure(tmp_path):
+    config = tmp_path / "heavy.yaml"
+    config.write_text("degradation_preset: heavy\n")
+    parser = make_parser("")
+    add_degradation_args(parser)
+    args = parser.parse_args(["--degradation_types", "downsample,noise,blur", "--config", str(config)])
+    with pytest.raises(ValueError, match="train_flow_matching.sh .* on their command line.* not in a --config file"):
+        degrader_from_args(args)
+
+
+class Noting(dict):
+    """A dict that keeps the names that were read."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_option_is_refused_beside_a_preset_exactly_where_no_step_reads_it(preset):
+    steps = [Noting(step) for chain in make_degrader(preset=preset).keywords["settings"]["chains"] for step in chain]
+    for step in steps:
+        DRAW[step["type"]](step, rng(0))
+    read = set().union(*(step.names for step in steps))
+    for name, (flag, default, *_) in OPTIONS.items():
+        if name in read:
+            from_flags("--degradation_preset", preset, flag, default)
+            continue
+        with pytest.raises(ValueError, match=f"^{flag} beside --degradation_preset {preset}, .* drop {flag}") as error:
+            from_flags("--degradation_preset", preset, flag, default)
+        assert "\n" not in str(error.value)
+    unread = {"real_world": {"lr_scale", "damage_strength"}, "old_photo": set()}
+    assert OPTIONS.keys() - read == unread.get(preset, {"damage_strength"})
+
+
 @pytest.mark.parametrize(
     "flag, value",
     [("--degradation_preset", "mild"), ("--degradation_preset", ""), ("--damage_strength", "-1"),
@@ -514,7 +556,7 @@ def test_options_left_out_are_written_into_the_arguments_unless_a_preset_has_the
 @pytest.mark.parametrize(
     "flags",
     [["--degradation_types", "noise,jpeg", "--noise_level", "0.1-0.2"], ["--degradation_preset", "old_photo"],
-     ["--degradation_preset", "heavy", "--damage_strength", "0.5", "--gray_noise_probability", "0"], []],
+     ["--degradation_preset", "heavy", "--noise_level", "0.1", "--gray_noise_probability", "0"], []],
 )  # fmt: skip
 def test_the_default_job_scores_with_the_degradations_it_trained_on(flags, tmp_path):
     args = parse(*flags)

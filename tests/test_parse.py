@@ -187,6 +187,14 @@ def test_secrets_are_not_among_the_public_arguments():
     assert public == {"rank": 4, "path": "a", "list": [1, 2], "none": None, "flag": True, "kind": "set()"}
 
 
+def test_numbers_below_the_least_infinite_or_none_at_all_are_refused_by_flag():
+    args = argparse.Namespace(steps=1, rate=0.0, left_out=None)
+    parse.check_least(args, steps=1, rate=0, left_out=1)
+    for name, value in (("steps", 0), ("rate", -0.1), ("rate", float("nan")), ("rate", float("inf"))):
+        with pytest.raises(ValueError, match=f"^--{name} {value}: give .* or more$"):
+            parse.check_least(argparse.Namespace(**vars(args) | {name: value}), steps=1, rate=0, left_out=1)
+
+
 def test_write_json_writes_whole_files_or_none(tmp_path, monkeypatch):
     path = tmp_path / "args.json"
     parse.write_json(path, {"prompt": "清晰", "rank": 4})

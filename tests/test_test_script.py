@@ -195,18 +195,23 @@ def test_large_images_are_restored_in_tiles_of_the_trained_size(call, tiny_lora,
     sizes = []
     decode = script.flux.decode
     monkeypatch.setattr(script.flux, "decode", lambda vae, z: sizes.append((len(z), *z.shape[2:])) or decode(vae, z))
-    results = {}
+    results, used = {}, {}
     for name, flags in {"auto": [], "48": ["--tile", 48], "batch": ["--tile", 48, "--tile_batch", 4],
                         "32": ["--tile", 32, "--tile_overlap", 16], "whole": ["--tile", 0]}.items():
         sizes.clear()
         assert call("--lora", trained, "--input", path, *flags, output=tmp_path / name)[0] == 0
         results[name] = list(sizes), read(tmp_path / name / "a.png").astype(int)
+        used[name] = tuple(sidecar(tmp_path / name / "a.png")["tiles_used"].values())
     assert results["auto"][0] == [(1, 6, 6)] * 6 and results["batch"][0] == [(4, 6, 6), (2, 6, 6)]  # 2 x 3 tiles
     assert results["32"][0] == [(1, 4, 4)] * 24 and results["whole"][0] == [(1, 10, 14)]
     assert (results["auto"][1] == results["48"][1]).all()
     assert abs(results["batch"][1] - results["48"][1]).max() <= 1
     assert (results["auto"][1] != results["whole"][1]).any() and (results["auto"][1] != results["32"][1]).any()
     assert all(pixels.shape == (70, 100, 3) for _, pixels in results.values())
+    assert used == {"auto": (48, 0), "48": (48, 0), "batch": (48, 0), "32": (32, 16), "whole": (0, 0)}
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_models", None)  # the tiles that auto came to do not make it another job
+        assert "1 already there" in call("--lora", trained, "--input", path, output=tmp_path / "auto")[1]
 
 
 def test_colour_fix_changes_the_colours_and_is_recorded(call, tmp_path):
@@ -278,6 +283,8 @@ def test_lora_files_that_are_none_are_refused_before_a_model_loads(call, tmp_pat
     (["--clean", "a", "--metrics", "fid"], ["--metrics 'fid'"]),
     (["--clean", "a", "--metrics", "lpips"], ["alexnet-owt-7be5be79.pth", "--lpips_backbone"]),
     (["--clean", "nowhere"], ["nowhere"]),
+    (["--clean", "a", "--max_images", "0"], ["--max_images 0"]),
+    (["--clean", "a", "--degradation_preset", "heavy", "--damage_strength", "1"], ["drop --damage_strength"]),
 ])
 def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, flags, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -323,6 +330,8 @@ def test_what_is_done_is_skipped_without_loading_and_redone_when_anything_change
     write(path, IMAGE[::-1])
     assert redone() and not redone()
     output.write_bytes(output.read_bytes()[:200])
+    assert redone() and not redone()
+    Path(f"{output}.json").write_text("[]")
     assert redone() and not redone()
     Path(f"{output}.json").unlink()
     assert redone() and not redone()
@@ -375,6 +384,10 @@ def test_gpu_out_of_memory_is_met_with_smaller_tiles(call, tmp_path, monkeypatch
     code, _, err = call("--input", path, steps=1)
     assert code == 0 and too_large == [608] and read(tmp_path / "out" / "a.png").shape == (40, 600, 3)
     assert "warning: 600x40 px: out of GPU memory; trying again with single tiles of 288 px" in err
+    pixels, used = read(tmp_path / "out" / "a.png"), sidecar(tmp_path / "out" / "a.png")["tiles_used"]
+    assert call("--input", path, *(f"--{name}={value}" for name, value in used.items()), steps=1)[0] == 0
+    assert used == {"tile": 288, "tile_overlap": 64} and len(too_large) == 1  # as before, without running out
+    assert (read(tmp_path / "out" / "a.png") == pixels).all()
 
 
 def test_orientation_is_applied_once_and_icc_and_alpha_are_kept(call, tmp_path):
@@ -482,8 +495,8 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
     settings, steps, start_noise = script.resolve_settings(args)
     pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
     target, control = (to_tensor(image)[None] for image in (IMAGE, IMAGE[::-1]))
-    rows = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
-    again = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
+    rows, _ = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
+    again, _ = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
     assert all(torch.equal(rows[row], again[row]) for row in rows)  # switching the LoRA off and on leaves no trace
     args.lora = None
     bare, _ = script.load_models(args, settings, torch.device("cpu"), torch.float32)
@@ -506,8 +519,13 @@ def test_whole_images_are_scored_in_tiles_with_the_colour_fix(call, tiny_lora, p
     assert rows["auto"] == rows["32"] and rows["crop"] == rows["crop whole"]
     assert all(rows["auto"][row] != rows["whole"][row] for row in ("base", "lora", "ceiling", "input_vae"))
     assert {row for row in rows["auto"] if rows["auto"][row] != rows["adain"][row]} == {"base", "lora"}
-    run = read_scores(tmp_path / "adain")[1]["run"]
+    report = read_scores(tmp_path / "adain")[1]
+    run, [crop] = report["run"], report["degradations"]
     assert (run["tile"], run["tile_overlap"], run["color_fix"]) == ("auto", None, "adain")
+    model_rows = "input_vae", "base", "lora", "ceiling"
+    assert crop["tiles_used"] == dict.fromkeys(model_rows, {"tile": 32, "tile_overlap": 0})  # tokens of 16 px
+    [crop] = read_scores(tmp_path / "crop")[1]["degradations"]
+    assert crop["tiles_used"] == dict.fromkeys(model_rows, {"tile": 0, "tile_overlap": 0})
 
 
 def test_non_local_means_lowers_noise_and_its_best_strength_is_kept():

@@ -77,6 +77,21 @@ def test_tile_sides_are_the_models_multiples_and_the_overlap_at_most_half():
     assert tiles.tile_side(400, Tiling(0), 16)[0] == 400
 
 
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(5), Tiling(35), Tiling(40, 31, 3), Tiling(64, 0), Tiling(70, 21)])
+def test_tile_options_tile_every_size_as_the_tiling_they_stand_for(tiling):
+    for height, width in itertools.product((1, 30, 40, 64, 65, 200), repeat=2):
+        used = tiles.tile_options(tiling, height, width, 8)
+        assert all(side % 8 == 0 for side in used.values())
+
+        def starts(tiling, height=height, width=width):
+            sides = [-(-side // 8) * 8 for side in (height, width)]
+            return [tiles.tile_starts(side, *tiles.tile_side(side, tiling, 8), 8) for side in sides]
+
+        assert starts(Tiling(used["tile"], used["tile_overlap"])) == starts(tiling)
+    assert tiles.tile_options(Tiling(64), 40, 64, 8) == {"tile": 0, "tile_overlap": 0}
+    assert tiles.tile_options(Tiling(64), 40, 65, 8) == {"tile": 64, "tile_overlap": 16}
+
+
 @pytest.mark.parametrize("tiling", [Tiling(), Tiling(32), Tiling(40, 16, 3), Tiling(64, 0)])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 90), (32, 32), (61, 130), (100, 64)])
 def test_a_model_that_changes_nothing_returns_the_image_at_any_size(codec_pipe, monkeypatch, tiling, height, width):
@@ -206,11 +221,12 @@ def test_out_of_memory_takes_single_tiles_then_halves_them_down_to_a_floor(capsy
         tried.clear()
         return tiles.within_memory(lambda smaller: run(smaller, enough), tiling, height, width, 16)
 
-    assert within(Tiling(1024, 256, 4), 512) == "restored"
+    assert within(Tiling(1024, 256, 4), 512) == ("restored", (512, 128, 1))
     assert tried == [(1024, 256, 4), (1024, 256, 1), (512, 128, 1)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "2000x3000 px: out of GPU memory" in lines[1] and "tiles of 512 px" in lines[1]
-    assert within(Tiling(), 400) == "restored"  # the whole image first, then tiles of half its longer side
+    # the whole image first, then tiles of half its longer side
+    assert within(Tiling(), 400) == ("restored", (368, None, 1))
     assert [tiling.size_px for tiling in tried] == [0, 1488, 736, 368]
     with pytest.raises(torch.OutOfMemoryError):
         within(Tiling(1024), 0)

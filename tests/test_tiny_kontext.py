@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from scripts import make_tiny_kontext as tiny
 from utils import flux
@@ -188,6 +189,33 @@ def test_make_command_trains_every_stage_and_names_the_photographs_in_the_card(t
     trained = FluxKontextPipeline.from_pretrained(tmp_path / "model").transformer.state_dict()
     first = tiny.make_pipeline(3).transformer.state_dict()
     assert not all(torch.equal(trained[key], first[key].to(trained[key].dtype)) for key in first)
+
+    # another autoencoder under the trained stages: each says so, and what was exported stays
+    vae, decoder, base = (tmp_path / "state" / f"{stage}.safetensors" for stage in ("vae", "decoder", "base"))
+    tensors, metadata = tiny.load_state(vae)
+    tensors["ema.analysis"] *= -1
+    save_file(tensors, vae, metadata)
+    for stale in (decoder, base):
+        with pytest.raises(ValueError, match=f"^{stale} was trained on another autoencoder .*; remove it and train"):
+            make("--credit", "another", "--seed", "3", "--stage", "export")
+        stale.unlink()
+    assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_stage_goes_on_only_with_the_autoencoder_that_it_began_with(tmp_path):
+    def train(path, steps, codec):
+        model = torch.nn.Linear(1, 1)
+        tiny.train(model, lambda step: model(torch.ones(1, 1)).sum(), lambda model: "", path, steps, 0.1, 1,
+                   codec=codec)
+        return tiny.load_state(path, codec)[1]
+
+    path = tmp_path / "base.safetensors"
+    assert train(path, [1], "a")["codec"] == "a" and train(path, [1, 1], "a")["step"] == "2"
+    with pytest.raises(ValueError, match=f"^{path} was trained on another autoencoder"):
+        train(path, [1, 1, 1], "b")
+    assert tiny.load_state(path)[1]["step"] == "2"
+    old = tmp_path / "old.safetensors"  # of before this was kept: taken as it was
+    assert "codec" not in train(old, [1], None) and train(old, [1, 1], "b")["step"] == "2"
 
 
 def test_rate_decays_in_every_round_from_half_the_rate_of_the_one_before():

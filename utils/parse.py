@@ -1,6 +1,7 @@
 """Command-line chores that every script shares: the parser with --config, and one-line errors."""
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -47,6 +48,15 @@ def run_main(main):
               f"({str(error).partition('.')[0]})", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def check_least(args, **least):
+    """ValueError naming the flag where a number of `args` is below the one given for its name, infinite or not a
+    number. None is no number."""
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and not lowest <= value < math.inf:
+            raise ValueError(f"--{name} {value}: give {lowest} or more")
 
 
 def explains_itself(error):

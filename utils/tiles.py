@@ -106,6 +106,14 @@ def tile_side(length, tiling, multiple):
     return tile, overlap // multiple * multiple
 
 
+def tile_options(tiling, height, width, multiple):
+    """{"tile", "tile_overlap"} in px: the options that tile an image of height x width px as `tiling` does, whatever
+    the memory; both 0 where it is one tile."""
+    longest = -(-max(height, width) // multiple) * multiple
+    tile, overlap = tile_side(longest, tiling, multiple)
+    return dict(zip(("tile", "tile_overlap"), (tile, overlap) if tile < longest else (0, 0), strict=True))
+
+
 def blend_tiles(image, tiling, multiple, work):
     """work() on every tile of an image (1, 3, H, W), blended: (1, 3, H, W) in fp32 on the CPU, clamped to [-1, 1].
 
@@ -172,11 +180,11 @@ def smaller_tiling(tiling, height, width, multiple):
 
 
 def within_memory(run, tiling, height, width, multiple):
-    """run(tiling), and after each torch.OutOfMemoryError run with a `smaller_tiling`, with a line on stderr that says
-    so. The error itself where there is nothing smaller to try."""
+    """(run(tiling), tiling), and after each torch.OutOfMemoryError the same with a `smaller_tiling`, with a line on
+    stderr that says so. The error itself where there is nothing smaller to try."""
     while True:
         try:
-            return run(tiling)
+            return run(tiling), tiling
         except torch.OutOfMemoryError:
             tiling = smaller_tiling(tiling, height, width, multiple)
             if tiling is None:
