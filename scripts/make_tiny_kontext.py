@@ -7,6 +7,7 @@ autoencoder and a transformer that edits its reference by prompt, trained here o
 The four photographs of TRAIN_SAMPLES are always trained on, those of HELDOUT_SAMPLES never. Progress is kept in
 --work_dir as one safetensors file per stage; the same command continues from there, with the same numbers."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -205,11 +206,20 @@ def make_pipeline(seed):
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-def load_state(path):
-    """(tensors, metadata) of a stage's file, or ({}, {})."""
+def codec_id(transform):
+    """sha256 of the trained analysis functions: what the latents are that the later stages learn."""
+    return hashlib.sha256(transform.analysis.detach().numpy().tobytes()).hexdigest()
+
+
+def load_state(path, codec=None):
+    """(tensors, metadata) of a stage's file, or ({}, {}). ValueError where it says that it was trained on another
+    autoencoder than that of the codec_id `codec`."""
     if not path.is_file():
         return {}, {}
     with safe_open(path, "pt") as file:
+        if codec and file.metadata().get("codec", codec) != codec:
+            raise ValueError(f"{path} was trained on another autoencoder than vae.safetensors beside it; remove it and "
+                             "train its stage again, or put that vae.safetensors back")
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
@@ -227,15 +237,16 @@ def decayed(step, rounds, learning_rate):
     raise IndexError(step)
 
 
-def train(model, compute_loss, evaluate, path, rounds, learning_rate, save_every, ema_decay=0.998):
+def train(model, compute_loss, evaluate, path, rounds, learning_rate, save_every, ema_decay=0.998, codec=None):
     """AdamW at the `decayed` rate, and an exponential moving average of the weights, which is
     what `evaluate(model)` (text for the progress line) sees and what the model holds in the end.
 
-    compute_loss(step): loss of that step's batch. Continues from `path`, also with further rounds."""
+    compute_loss(step): loss of that step's batch. Continues from `path`, also with further rounds. codec: codec_id of
+    the autoencoder that the stage learns on, kept in the file."""
     steps = sum(rounds)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    tensors, metadata = load_state(path)
+    tensors, metadata = load_state(path, codec)
     step, seconds = int(metadata.get("step", 0)), float(metadata.get("seconds", 0))
     if tensors and int(metadata["steps"]) not in itertools.accumulate(rounds):
         raise ValueError(f"{path} was trained for {metadata['steps']} steps; give the same number, or remove the file")
@@ -266,7 +277,8 @@ def train(model, compute_loss, evaluate, path, rounds, learning_rate, save_every
         for name, parameter in parameters.items():
             tensors |= {f"{key}.{name}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"step": str(step), "steps": str(steps), "seconds": f"{seconds:.0f}"})
+        metadata = {"step": str(step), "steps": str(steps), "seconds": f"{seconds:.0f}"}
+        save_file(tensors, temporary, metadata | ({"codec": codec} if codec else {}))
         temporary.replace(path)
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         model.load_state_dict(ema)
@@ -298,20 +310,23 @@ def train_vae(pool, args, path, decoder_path):
     save_every = 5 * args.save_every
     train(transform, make_loss(2, 4), evaluate, path, [args.vae_steps], 2e-3, save_every)
     transform.analysis.requires_grad_(False)
-    train(transform, make_loss(6, 0), evaluate, decoder_path, [args.vae_steps // 2], 1e-3, save_every)
+    train(transform, make_loss(6, 0), evaluate, decoder_path, [args.vae_steps // 2], 1e-3, save_every,
+          codec=codec_id(transform))
 
 
 def load_vae(vae, pool, args, path):
-    """Install the fitted transform, with latents of mean 0 and spread 1; (the transform, how long it was trained)."""
+    """Install the fitted transform, with latents of mean 0 and spread 1; (the transform, its codec_id, how long it was
+    trained)."""
     transform = tiny_codec.LappedTransform()
     training = load_trained(transform, path)
+    codec = codec_id(transform)
     if path.with_name(DECODER_FILE).is_file():
-        training += f"; its decoder {load_trained(transform, path.with_name(DECODER_FILE))}"
+        training += f"; its decoder {load_trained(transform, path.with_name(DECODER_FILE), codec)}"
     crops = to_tensor(draw_crops(pool, np.random.default_rng([args.seed, 3]), 1000, 64))
     tiny_codec.install(vae, transform.equalise(crops))
     shift, scale = measure_latents(vae, crops)
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    return transform.requires_grad_(False), training
+    return transform.requires_grad_(False), codec, training
 
 
 @torch.no_grad()
@@ -411,7 +426,7 @@ def draw_tasks(pool, rng):
     return target, control, [prompt for _, prompt, _ in chosen]
 
 
-def train_base(pipe, transform, pool, args, path):
+def train_base(pipe, transform, codec, pool, args, path):
     """Rectified flow from noise, as FLUX.1 Kontext: the reference's tokens after the target's, sigma shifted by
     the number of tokens as in sampling."""
     text = encode_text(pipe)
@@ -443,7 +458,7 @@ def train_base(pipe, transform, pool, args, path):
         return (f"4 steps on {len(heldout)} unseen crops: copies {copied:.2f} dB (codec {ceiling:.2f}), "
                 f"noise 12 restored to {restored:.2f} dB")
 
-    train(pipe.transformer, compute_loss, evaluate, path, args.base_steps, 2e-3, args.save_every)
+    train(pipe.transformer, compute_loss, evaluate, path, args.base_steps, 2e-3, args.save_every, codec=codec)
 
 
 def encode_text(pipe):
@@ -504,9 +519,10 @@ def export(pipe, folder, card):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_trained(model, path):
-    """Put a stage's averaged weights into `model`, if there are any; how long it was trained, in words."""
-    tensors, metadata = load_state(path)
+def load_trained(model, path, codec=None):
+    """Put a stage's averaged weights into `model`, if there are any; how long it was trained, in words. codec: as in
+    load_state."""
+    tensors, metadata = load_state(path, codec)
     if not tensors:
         return "not trained"
     model.load_state_dict(prefixed(tensors, "ema."))
@@ -583,11 +599,11 @@ def main():
     print(f"{len(pool)} training pictures of {len(TRAIN_SAMPLES)} package samples and {args.photos}", flush=True)
     if "vae" in args.stage:
         train_vae(pool, args, vae_path, work_dir / DECODER_FILE)
-    transform, vae_training = load_vae(pipe.vae, pool, args, vae_path)
+    transform, codec, vae_training = load_vae(pipe.vae, pool, args, vae_path)
     if "base" in args.stage:
         pool += [draw_picture(np.random.default_rng([args.seed, 5, i])) for i in range(DRAWINGS)]
-        train_base(pipe, transform, pool, args, base_path)
-    base_training = load_trained(pipe.transformer, base_path)
+        train_base(pipe, transform, codec, pool, args, base_path)
+    base_training = load_trained(pipe.transformer, base_path, codec)
     if "export" in args.stage:
         figures = measure(pipe)
         print(figures)

@@ -1,0 +1,28 @@
+"""Senseless numbers end a benchmark in one line, before anything is loaded or measured."""
+
+import pytest
+
+from bench import data, large_image, start_noise
+from utils.parse import run_main
+
+FOLDERS = ["--output", "out", "--train_root", "a", "--heldout_root", "b"]
+
+
+@pytest.mark.parametrize(("bench", "flags", "words"), [
+    (data, ["--size", "7"], "--size 7: give 8 or more"),
+    (data, ["--rounds", "0"], "--rounds 0: give 1 or more"),
+    (large_image, ["--height", "0"], "--height 0: give 1 or more"),
+    (large_image, ["--width", "-5"], "--width -5: give 1 or more"),
+    (large_image, ["--height", "16", "--width", "16", "--num_inference_steps", "0"], "--num_inference_steps 0"),
+    (start_noise, [*FOLDERS, "--steps", "19"], "--steps 19: give 20 or more"),
+    (start_noise, [*FOLDERS, "--heldout_images", "0"], "--heldout_images 0: give 1 or more"),
+    (start_noise, [*FOLDERS, "--score_px", "0"], "--score_px 0: give 1 or more"),
+    (start_noise, [*FOLDERS, "--seeds", "0", "-1"], "--seeds -1: give 0 or more"),
+])
+def test_senseless_numbers_end_in_one_line(bench, flags, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_main(bench.main)
+    assert stop.value.code == 2 and f"error: {words}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
