@@ -362,7 +362,7 @@ def use_one_thread(worker_id):
     """worker_init_fn: loader processes share the cores already; OpenCV's own threads would fight them. A signal to the
     trainer's process group (Ctrl-C, torchrun's SIGTERM) is the trainer's to answer: it still needs its loaders."""
     os.setsid()
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(0)  # 0 computes in the caller; 1 would first join the trainer's pool, which no fork takes along
 
 
 def _hash_file(path):

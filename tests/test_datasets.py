@@ -3,6 +3,9 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -846,3 +849,28 @@ def test_zoom_crops_a_larger_image_but_never_enlarges_it():
     assert not np.array_equal(cover_crop(image, (60, 60), (0.5, 0.5)), native)
     enlarged = cover_crop(image, (240, 240), (0.5, 0.5))  # too small for the size: as without zoom
     assert np.array_equal(cover_crop(image, (240, 240), (0.5, 0.5), zoom=3), enlarged)
+
+
+def test_a_forked_loader_does_not_wait_for_the_threads_that_opencv_had_in_the_trainer():
+    code = """
+import multiprocessing, os, cv2, numpy as np
+from my_dataset.dataset_deg_paired import use_one_thread
+image = np.zeros((2000, 2000, 3), np.float32)
+
+def load():
+    use_one_thread(0)
+    cv2.GaussianBlur(image[:64, :64], (0, 0), 2)
+
+cv2.setNumThreads(4)
+cv2.GaussianBlur(image, (0, 0), 5)  # the pool
+assert len(os.listdir("/proc/self/task")) > 3
+for _ in range(10):
+    loader = multiprocessing.get_context("fork").Process(target=load)
+    loader.start()
+    loader.join(20)
+    if loader.exitcode != 0:
+        loader.kill()
+        raise SystemExit("a loader hangs")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
