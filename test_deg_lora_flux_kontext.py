@@ -54,7 +54,7 @@ from utils.tiles import (
 from utils.utils import to_uint8
 from utils.validation import default_steps
 
-NLM_STRENGTHS = (3, 6, 10, 15, 20, 30, 40, 60)
+NLM_STRENGTHS = (3, 6, 10, 15, 20, 25, 30, 40, 60)
 BILATERAL = tuple(itertools.product((20, 45, 80, 110, 150, 200, 300), (1, 1.5, 2, 3)))  # color in levels, space in px
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import test_deg_lora_flux_kontext as script
 from my_dataset.dataset_deg_paired import to_tensor
 from my_dataset.outputs import plan_outputs
 from my_dataset.scored_pairs import crop_boxes
+from scripts.make_tiny_kontext import load_sample
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
 from utils import lora, restore, score
@@ -526,6 +528,18 @@ def test_whole_images_are_scored_in_tiles_with_the_colour_fix(call, tiny_lora, p
     assert crop["tiles_used"] == dict.fromkeys(model_rows, {"tile": 32, "tile_overlap": 0})  # tokens of 16 px
     [crop] = read_scores(tmp_path / "crop")[1]["degradations"]
     assert crop["tiles_used"] == dict.fromkeys(model_rows, {"tile": 0, "tile_overlap": 0})
+
+
+def test_non_local_means_beats_opencvs_coloured_variant_by_more_than_1_db():
+    clean = load_sample("skimage coffee")[100:228, 200:328]
+    noisy = (clean + np.random.default_rng(0).normal(0, 25, clean.shape)).clip(0, 255).round().astype(np.uint8)
+
+    def best(denoise):
+        return max(cv2.PSNR(clean, denoise(strength)) for strength in script.NLM_STRENGTHS)
+
+    ours = best(lambda strength: script.denoise_nlm(noisy, strength))
+    assert ours > 1 + best(lambda strength: cv2.fastNlMeansDenoisingColored(noisy, None, strength, strength, 7, 21))
+    assert ours > 1 + best(lambda strength: cv2.GaussianBlur(noisy, (0, 0), strength / 10))
 
 
 def test_non_local_means_lowers_noise_and_its_best_strength_is_kept():
