@@ -33,6 +33,7 @@ from utils.parse import check_least, make_parser, public_args, run_main, writabl
 from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
 from utils.score import (
     DEFINITIONS,
+    GRID_LABELS,
     ROWS,
     keep_best,
     measure,
@@ -328,7 +329,8 @@ def score_images(args, settings, steps, start_noise, device, dtype):
                 image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in rows]
                 params.append({"image": name, "crop": crop, "degradation": degradation, "tiles_used": used})
                 if crop == len(pairs) // 2:  # the middle of the photograph says more than its corner
-                    picture = {row: image[0] for row, image in (rows | {"target": target}).items()}, measured
+                    shown = {row: rows[row][0] for row in rows if row in GRID_LABELS} | {"target": target[0]}
+                    picture = shown, measured
         except (ValueError, OSError) as error:
             failures.append((name, error))
             continue
@@ -342,6 +344,7 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     for row in ("nlm", "bilateral"):
         scores, setting = keep_best(scores, row)
         labels[row] += f" ({setting}, best on this set)" if setting else ""
+    labels["base"] += f", {steps} step{'s' * (steps > 1)} from noise"
     table, gains = summarise(scores, args.seed)
     report = {
         "images": count - len(failures), "crops": len(degradations), "failed": len(failures),
