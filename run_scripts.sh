@@ -6,6 +6,7 @@
 #   MODEL_NAME=/path/to/FLUX.1-Kontext-dev HR_ROOT=photos HELDOUT_ROOT=heldout bash run_scripts.sh      the real thing
 #
 # Arguments go to the training script and win over what stands here: bash run_scripts.sh --max_train_steps 100
+# (a --config file does not: it loses against all that is on a command line, so also against what stands here).
 #   OUTPUT_DIR       folder for all that is written
 #   PERCEPTUAL       with MODEL_NAME: vgg (the default) or lpips, which need a weight file, gradient, or none
 #   TEST_OPTIONS     options for the test script, such as "--crop_px 128": it scores whole photographs of the embedded
@@ -43,8 +44,10 @@ else
   HR_ROOT="${HR_ROOT:-$ROOT/data/sample/train}"
   HELDOUT_ROOT="${HELDOUT_ROOT:-$ROOT/data/sample/heldout}"
   OUTPUT_DIR="${OUTPUT_DIR:-$ROOT/outputs/tiny-kontext-$(date +%Y%m%d-%H%M%S)}"
-  # Two threads of a tiny model wait for each other more than they compute: waiting must not keep a core busy.
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+  # The threads of a tiny model wait for each other all the time: asleep they would wake too late, and spinning for long
+  # would take the loader's core. Freed memory is kept, not fetched from the kernel anew in every step.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" GOMP_SPINCOUNT=20000
+  export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000
   export DIFFUSERS_VERBOSITY=error TRANSFORMERS_VERBOSITY=error # they remark on the tiny model's own autoencoder
   training=(
     --resolution 128
@@ -58,13 +61,13 @@ else
     --learning_rate 4e-3
     --lr_scheduler cosine
     --lr_warmup_steps 10
-    --max_train_steps 1200
+    --max_train_steps 1400
     --start_noise 0
     --no-reference_tokens
     --train_sigmas 1,0.5
-    --checkpointing_steps 400
+    --checkpointing_steps 700
     --checkpoints_total_limit 1
-    --validation_steps 400
+    --validation_steps 700
   )
   # Twice the noise and blur that the base model saw, all at once.
   damage=(--degradation_types "downsample,blur,noise" --lr_scale 2 --blur_radius 1.0 --noise_level 0.098)
