@@ -8,7 +8,11 @@ reference tokens; each without and with the gradient loss. Every arm trains a fr
 step, on the same batches in the same order, at a constant rate with a moving average of the weights, which can be
 scored fairly at any step: after --steps (equal steps), and where the arm has used as much CPU time as k = 1 needs for
 them (equal time). Another process may run other seeds into the same folder; --table alone draws the table of all that
-is there."""
+is there.
+
+The embedded base model was trained at k = 1 with reference tokens and partly on restoration. That arm goes on where the
+base stopped, the others learn anew: the table says what the change costs within the budget, not which k is best in the
+end."""
 
 import csv
 import json
