@@ -15,7 +15,7 @@ import torch
 
 from utils.checkpoint import any_checkpoint
 from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
-from utils.parse import public_args, writable_folder, write_json
+from utils.parse import check_least, public_args, writable_folder, write_json
 
 logger = logging.getLogger("kontext")
 
@@ -84,14 +84,10 @@ def check_training_args(args):
     """Refuse impossible values before anything loads. ValueError names the flag."""
     from accelerate.tracking import get_available_trackers
 
-    for name, least in {"train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
-                        "max_train_steps": 1, "logging_steps": 1, "checkpoints_total_limit": 1, "learning_rate": 0,
-                        "checkpointing_steps": 0, "seed": 0, "max_grad_norm": 0, "lr_warmup_steps": 0,
-                        "validation_steps": 1, "validation_epochs": 1, "num_validation_images": 0,
-                        "num_inference_steps": 1, "max_sequence_length": 1}.items():
-        value = getattr(args, name)
-        if value is not None and (value < least or not math.isfinite(value)):
-            raise ValueError(f"--{name} {value}: give {least} or more")
+    check_least(args, train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1, max_train_steps=1,
+                logging_steps=1, checkpoints_total_limit=1, learning_rate=0, checkpointing_steps=0, seed=0,
+                max_grad_norm=0, lr_warmup_steps=0, validation_steps=1, validation_epochs=1, num_validation_images=0,
+                num_inference_steps=1, max_sequence_length=1)
     if args.max_sequence_length > 512:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
     if not (0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1):
