@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -74,7 +75,9 @@ def test_only_start_noise_below_1_is_tried_without_reference_tokens():
 def test_seed_that_is_there_is_not_trained_again(study, monkeypatch):
     args, results = study
     monkeypatch.setattr(start_noise, "train_arm", lambda *args: pytest.fail("trained again"))
+    before = (Path(args.output) / "seed-0.json").read_bytes()
     start_noise.run_seed(args, 0)
+    assert (Path(args.output) / "seed-0.json").read_bytes() == before
 
 
 def test_table_means_over_seeds_and_shows_their_spread(study, tmp_path):
