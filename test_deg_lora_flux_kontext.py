@@ -222,7 +222,8 @@ def describe_run(args, settings, steps, start_noise, dtype):
         "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
         "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight},
         "steps": steps, "sampled_start_noise": start_noise, "dtype": str(dtype), "settings": settings,
-        "tile": args.tile, "tile_overlap": args.tile_overlap, "color_fix": args.color_fix,
+        "tile": args.tile, "tile_overlap": args.tile_overlap, "token_shifts": args.token_shifts,
+        "color_fix": args.color_fix,
     }
 
 

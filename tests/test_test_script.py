@@ -199,18 +199,22 @@ def test_large_images_are_restored_in_tiles_of_the_trained_size(call, tiny_lora,
     monkeypatch.setattr(script.flux, "decode", lambda vae, z: sizes.append((len(z), *z.shape[2:])) or decode(vae, z))
     results, used = {}, {}
     for name, flags in {"auto": [], "48": ["--tile", 48], "batch": ["--tile", 48, "--tile_batch", 4],
-                        "32": ["--tile", 32, "--tile_overlap", 16], "whole": ["--tile", 0]}.items():
+                        "32": ["--tile", 32, "--tile_overlap", 16], "whole": ["--tile", 0],
+                        "shifted": ["--tile", 48, "--token_shifts", 2]}.items():
         sizes.clear()
         assert call("--lora", trained, "--input", path, *flags, output=tmp_path / name)[0] == 0
         results[name] = list(sizes), read(tmp_path / name / "a.png").astype(int)
         used[name] = tuple(sidecar(tmp_path / name / "a.png")["tiles_used"].values())
     assert results["auto"][0] == [(1, 6, 6)] * 6 and results["batch"][0] == [(4, 6, 6), (2, 6, 6)]  # 2 x 3 tiles
     assert results["32"][0] == [(1, 4, 4)] * 24 and results["whole"][0] == [(1, 10, 14)]
+    assert results["shifted"][0] == [(1, 6, 6)] * 12 and (results["shifted"][1] != results["48"][1]).any()
     assert (results["auto"][1] == results["48"][1]).all()
     assert abs(results["batch"][1] - results["48"][1]).max() <= 1
     assert (results["auto"][1] != results["whole"][1]).any() and (results["auto"][1] != results["32"][1]).any()
     assert all(pixels.shape == (70, 100, 3) for _, pixels in results.values())
-    assert used == {"auto": (48, 0), "48": (48, 0), "batch": (48, 0), "32": (32, 16), "whole": (0, 0)}
+    assert used == {"auto": (48, 0), "48": (48, 0), "batch": (48, 0), "32": (32, 16), "whole": (0, 0),
+                    "shifted": (48, 0)}
+    assert sidecar(tmp_path / "shifted" / "a.png")["token_shifts"] == 2
     with monkeypatch.context() as patch:
         patch.setattr(script, "load_models", None)  # the tiles that auto came to do not make it another job
         assert "1 already there" in call("--lora", trained, "--input", path, output=tmp_path / "auto")[1]

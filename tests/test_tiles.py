@@ -92,7 +92,7 @@ def test_tile_options_tile_every_size_as_the_tiling_they_stand_for(tiling):
     assert tiles.tile_options(Tiling(64), 40, 65, 8) == {"tile": 64, "tile_overlap": 16}
 
 
-@pytest.mark.parametrize("tiling", [Tiling(), Tiling(32), Tiling(40, 16, 3), Tiling(64, 0)])
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(32), Tiling(40, 16, 3), Tiling(64, 0), Tiling(32, shifts=4)])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 90), (32, 32), (61, 130), (100, 64)])
 def test_a_model_that_changes_nothing_returns_the_image_at_any_size(codec_pipe, monkeypatch, tiling, height, width):
     monkeypatch.setattr(flux, "predict_velocity", lambda _, z, *rest: torch.zeros_like(z))
@@ -139,6 +139,32 @@ def test_tiles_in_batches_equal_tiles_one_by_one(tiny_pipe):
     one, five = (tiles.restore_tiled(tiny_pipe, control, random_text(1), settings, 2, 0, tiling=Tiling(48, 16, batch))
                  for batch in (1, 5))
     torch.testing.assert_close(one, five, rtol=0, atol=1e-5)
+
+
+def test_token_shifts_take_the_mean_over_shifted_grids_of_tokens(codec_pipe, monkeypatch):
+    """A model that reduces each token to its mean: the blocks of one grid stay with one shift; with eight they are
+    averages over sliding windows along the diagonal."""
+    sizes = []
+
+    def block_means(_, z, *rest):
+        sizes.append(tuple(z.shape[-2:]))
+        pixels = F.pixel_shuffle(z / 2 + 0.25, SCALE)
+        means = F.avg_pool2d(pixels, 8).repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return z - 2 * (F.pixel_unshuffle(means, SCALE) - 0.25)
+
+    monkeypatch.setattr(flux, "predict_velocity", block_means)
+    control, settings = photo_tensor("coffee", (64, 64)), make_settings(start_noise=[0.0, 0.0])
+
+    def restored(tiling):
+        return tiles.restore_tiled(codec_pipe, control, random_text(1), settings, 1, 0, tiling=tiling)
+
+    one, eight = restored(Tiling(64)), restored(Tiling(64, shifts=8))
+    assert sizes == [(16, 16)] * 2 + [(18, 18)] * 7  # the moved image is one tile as well
+    block = control[..., 8:16, 16:24].mean((-1, -2), keepdim=True)
+    torch.testing.assert_close(one[..., 8:16, 16:24], block.expand(-1, -1, 8, 8))
+    windows = [control[..., 24 - shift : 32 - shift, 24 - shift : 32 - shift].mean((-1, -2)) for shift in range(8)]
+    torch.testing.assert_close(eight[..., 24, 24], torch.stack(windows).mean(0))
+    torch.testing.assert_close(restored(Tiling(32, 16, shifts=8))[..., 24, 24], eight[..., 24, 24])
 
 
 def largest_step(image):
@@ -221,12 +247,12 @@ def test_out_of_memory_takes_single_tiles_then_halves_them_down_to_a_floor(capsy
         tried.clear()
         return tiles.within_memory(lambda smaller: run(smaller, enough), tiling, height, width, 16)
 
-    assert within(Tiling(1024, 256, 4), 512) == ("restored", (512, 128, 1))
-    assert tried == [(1024, 256, 4), (1024, 256, 1), (512, 128, 1)]
+    assert within(Tiling(1024, 256, 4, 2), 512) == ("restored", (512, 128, 1, 2))
+    assert tried == [(1024, 256, 4, 2), (1024, 256, 1, 2), (512, 128, 1, 2)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "2000x3000 px: out of GPU memory" in lines[1] and "tiles of 512 px" in lines[1]
     # the whole image first, then tiles of half its longer side
-    assert within(Tiling(), 400) == ("restored", (368, None, 1))
+    assert within(Tiling(), 400) == ("restored", (368, None, 1, 1))
     assert [tiling.size_px for tiling in tried] == [0, 1488, 736, 368]
     with pytest.raises(torch.OutOfMemoryError):
         within(Tiling(1024), 0)
@@ -236,15 +262,16 @@ def test_out_of_memory_takes_single_tiles_then_halves_them_down_to_a_floor(capsy
     assert len(tried) == 1  # one tile, and half of it would be below the floor
 
 
-def make_args(tile="auto", overlap=None, batch=1):
-    return SimpleNamespace(tile=tile, tile_overlap=overlap, tile_batch=batch)
+def make_args(tile="auto", overlap=None, batch=1, shifts=1):
+    return SimpleNamespace(tile=tile, tile_overlap=overlap, tile_batch=batch, token_shifts=shifts)
 
 
 def test_auto_takes_the_trained_size_and_numbers_are_followed(codec_pipe):
     vae = codec_pipe.vae
-    assert tiles.choose_tiling(make_args(), make_settings(resolution=384), vae) == (384, None, 1)
-    assert tiles.choose_tiling(make_args(), make_settings(), vae) == (64 * 8, None, 1)  # tokens of 8 px
-    assert tiles.choose_tiling(make_args("256", 32, 4), make_settings(resolution=384), vae) == (256, 32, 4)
+    assert tiles.choose_tiling(make_args(), make_settings(resolution=384), vae) == (384, None, 1, 1)
+    assert tiles.choose_tiling(make_args(), make_settings(), vae) == (64 * 8, None, 1, 1)  # tokens of 8 px
+    assert tiles.choose_tiling(make_args("256", 32, 4, 2), make_settings(resolution=384), vae) == (256, 32, 4, 2)
+    assert tiles.choose_tiling(make_args(shifts=8), make_settings(resolution=384), vae) == (384, None, 1, 8)
     assert tiles.choose_tiling(make_args("0"), make_settings(resolution=384), vae).size_px == 0
 
 

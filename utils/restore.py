@@ -166,12 +166,13 @@ def restore(pipe, control, text, settings, steps, seeds, start_noise=None):
     return restored[..., :height, :width].clamp(-1, 1)
 
 
-def pad_to_multiple(images, multiple):
-    """Images (B, 3, H, W) with sides grown to the next multiple, by reflection; by repetition where too small."""
+def pad_to_multiple(images, multiple, before=0):
+    """Images (B, 3, H, W) with `before` px more at the top and the left and sides grown to the next multiple, by
+    reflection; by repetition where too small."""
     height, width = images.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
-    mode = "reflect" if bottom < height and right < width else "replicate"
-    return F.pad(images, (0, right, 0, bottom), mode=mode)
+    bottom, right = -(before + height) % multiple, -(before + width) % multiple
+    mode = "reflect" if max(before, bottom) < height and max(before, right) < width else "replicate"
+    return F.pad(images, (before, right, before, bottom), mode=mode)
 
 
 @torch.no_grad()

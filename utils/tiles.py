@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from utils import flux
+from utils.parse import check_least
 from utils.restore import pad_to_multiple, restore_padded, sampling_noise, stack_noise
 
 BASE_TILE_TOKENS = 64  # a side of FLUX.1 Kontext's own training size: 1024 px, 4096 tokens
@@ -25,11 +26,13 @@ MEMORY_SHARE = 0.9  # of the free memory
 
 class Tiling(NamedTuple):
     """size_px: side of the tiles, rounded down to the model's multiple; 0: the whole image. overlap_px: what neighbours
-    share at least; None: a quarter of the tile. batch: tiles that the model sees at once."""
+    share at least; None: a quarter of the tile. batch: tiles that the model sees at once. shifts: token grids over
+    whose restorations the mean is taken."""
 
     size_px: int = 0
     overlap_px: int | None = None
     batch: int = 1
+    shifts: int = 1
 
 
 WHOLE = Tiling()
@@ -41,34 +44,36 @@ def add_tile_args(parser):
         "side the LoRA was trained at, or less where GPU memory is short. Out of memory, it is halved")
     add("--tile_overlap", type=int, help="px that neighbouring tiles share, at most half of --tile; default: a quarter")
     add("--tile_batch", type=int, default=1, help="tiles restored at once")
+    add("--token_shifts", type=int, default=1, choices=[1, 2, 4, 8], help="restore so many times, on token grids that "
+        "are shifted by equal parts of a token, and take the mean: no blocks of a token's size, at so many times the "
+        "cost")
 
 
 def check_tile_args(args):
     """ValueError naming the flag."""
     if args.tile != "auto" and not args.tile.isdecimal():
         raise ValueError(f"--tile {args.tile}: give auto, 0 for whole images, or a side in pixels")
-    if args.tile_batch < 1:
-        raise ValueError(f"--tile_batch {args.tile_batch}: give 1 or more")
+    check_least(args, tile_batch=1)
     half = math.inf if args.tile in ("auto", "0") else int(args.tile) // 2
     if args.tile_overlap is not None and not 0 <= args.tile_overlap <= half:
         raise ValueError(f"--tile_overlap {args.tile_overlap}: give 0 to half of --tile {args.tile}")
 
 
 def choose_tiling(args, settings, vae):
-    """The Tiling that --tile, --tile_overlap and --tile_batch ask for.
+    """The Tiling that --tile, --tile_overlap, --tile_batch and --token_shifts ask for.
 
     auto: the side the LoRA was trained at, since positions beyond it were never seen and a longer sequence is no better
     than a seam-free blend; where that is not known, BASE_TILE_TOKENS. On CUDA at most what the free memory holds by
     `memory_tile`."""
     if args.tile != "auto":
-        return Tiling(int(args.tile), args.tile_overlap, args.tile_batch)
+        return Tiling(int(args.tile), args.tile_overlap, args.tile_batch, args.token_shifts)
     size = settings["resolution"] or BASE_TILE_TOKENS * flux.size_multiple(vae)
     parameter = next(vae.parameters())
     if parameter.device.type == "cuda":
         free = torch.cuda.mem_get_info(parameter.device)[0]
         free += torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
         size = min(size, memory_tile(vae, free, args.tile_batch))
-    return Tiling(size, args.tile_overlap, args.tile_batch)
+    return Tiling(size, args.tile_overlap, args.tile_batch, args.token_shifts)
 
 
 def memory_tile(vae, free_bytes, batch=1):
@@ -144,9 +149,26 @@ def blend_tiles(image, tiling, multiple, work):
 def restore_tiled(pipe, control, text, settings, steps, seed, start_noise=None, tiling=WHOLE):
     """Restored image (1, 3, H, W) in [-1, 1] in fp32 on the CPU, of exactly the size of `control` (1, 3, H, W) in
     [-1, 1], tile by tile. text: TextEmbeds of batch 1. An image no larger than one tile equals utils.restore.restore
-    with the same seed. ValueError where the model gives no numbers."""
+    with the same seed. ValueError where the model gives no numbers.
+
+    A model that predicts token by token lets neighbouring tokens disagree. With tiling.shifts the image is also
+    restored with that many px more above and to the left, so that its tokens lie elsewhere, and the mean is taken:
+    cycle spinning (Coifman and Donoho 1995)."""
+    multiple, (height, width) = flux.size_multiple(pipe.vae), control.shape[-2:]
+    total = torch.zeros(control.shape)
+    for before in range(0, multiple, multiple // tiling.shifts):
+        # What fits one tile still does when it is moved: cut in two, it would cost several times as much.
+        grid = tiling if before == 0 or max(height, width) > tiling.size_px else tiling._replace(size_px=0)
+        padded = pad_to_multiple(control.cpu(), multiple, before)
+        restored = restore_padded_tiled(pipe, padded, text, settings, steps, seed, start_noise, grid)
+        total += restored[..., before : before + height, before : before + width]
+    return total / tiling.shifts
+
+
+def restore_padded_tiled(pipe, control, text, settings, steps, seed, start_noise, tiling):
+    """What `restore_tiled` gives on the image's own token grid, for sides that are multiples of flux.size_multiple."""
     multiple, scale = flux.size_multiple(pipe.vae), flux.latent_scale(pipe.vae)
-    height, width = (-(-side // multiple) * multiple for side in control.shape[-2:])
+    height, width = control.shape[-2:]
     noise = sampling_noise(settings, flux.latent_shape(pipe.vae, height, width), steps, [seed])
     device = next(pipe.vae.parameters()).device
 
@@ -176,7 +198,7 @@ def smaller_tiling(tiling, height, width, multiple):
     size = min(tiling.size_px or longest, longest) // 2 // multiple * multiple
     if size < SMALLEST_TILE_TOKENS * multiple:
         return None
-    return Tiling(size, tiling.overlap_px and tiling.overlap_px // 2)
+    return Tiling(size, tiling.overlap_px and tiling.overlap_px // 2, shifts=tiling.shifts)
 
 
 def within_memory(run, tiling, height, width, multiple):
