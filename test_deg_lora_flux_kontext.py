@@ -275,9 +275,9 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
 
 
 def make_rows(args, pipe, text, settings, steps, start_noise, target, control, seed):
-    """({row: image}, {row: tile_options}) of everything that is compared with `target`, and of those of it that went
-    through the model; images (1, 3, H, W) in [-1, 1] on the CPU."""
-    tiling = choose_tiling(args, settings, pipe.vae)
+    """Yields (row, image, tile_options of what went through the model, else None) of everything that is compared with
+    `target`, one at a time: all trials of a large image would fill the memory. Images (1, 3, H, W) in [-1, 1], CPU."""
+    tiling, degraded = choose_tiling(args, settings, pipe.vae), to_uint8(control[0])
 
     def round_trip(image):
         return by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)
@@ -285,24 +285,33 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
     def restore(settings, start_noise):
         return restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling, args.color_fix)
 
-    rows, used, degraded = {"input": control}, {}, to_uint8(control[0])
-    rows["input_vae"], used["input_vae"] = round_trip(control)
-    if args.nlm_row:
-        rows |= {f"nlm h={h}": to_tensor(denoise_nlm(degraded, h))[None] for h in NLM_STRENGTHS}
-    if args.bilateral_row:
-        rows |= {f"bilateral color={color} space={space}": to_tensor(denoise_bilateral(degraded, color, space))[None]
-                 for color, space in BILATERAL}
+    yield "input", control, None
+    yield "input_vae", *round_trip(control)
+    for h in NLM_STRENGTHS if args.nlm_row else ():
+        yield f"nlm h={h}", to_tensor(denoise_nlm(degraded, h))[None], None
+    for color, space in BILATERAL if args.bilateral_row else ():
+        image = denoise_bilateral(degraded, color, space)
+        yield f"bilateral color={color} space={space}", to_tensor(image)[None], None
     if args.base_row:
         stock = STOCK_SETTINGS | {name: settings[name] for name in ("prompt", "guidance_scale", "max_sequence_length")}
-        if args.lora:
-            pipe.disable_lora()
-        rows["base"], used["base"] = restore(stock, 1.0)
-        if args.lora:
-            pipe.enable_lora()
+        with without_lora(pipe, args.lora):
+            base = restore(stock, 1.0)
+        yield "base", *base
     if args.lora:
-        rows["lora"], used["lora"] = restore(settings, start_noise)
-    rows["ceiling"], used["ceiling"] = round_trip(target)
-    return rows, used
+        yield "lora", *restore(settings, start_noise)
+    yield "ceiling", *round_trip(target)
+
+
+@contextlib.contextmanager
+def without_lora(pipe, loaded):
+    """Inside, the base model restores; afterwards, also after an error, the LoRA again, if one is loaded."""
+    if loaded:
+        pipe.disable_lora()
+    try:
+        yield
+    finally:
+        if loaded:
+            pipe.enable_lora()
 
 
 def score_images(args, settings, steps, start_noise, device, dtype):
@@ -322,15 +331,16 @@ def score_images(args, settings, steps, start_noise, device, dtype):
             pairs = load_pairs(records[index], index, degrade, heldout_seed(args.seed), args.crop_px,
                                args.crops_per_image, args.upscale_kernel, args.max_pixels)
             for crop, (target, control, degradation) in enumerate(pairs):
+                measured, shown, used = {}, {"target": target[0]}, {}
                 with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
-                    rows, used = make_rows(args, pipe, text, settings, steps, start_noise, target, control,
-                                           item_seed(args.seed, crop, index))
-                    measured = {row: measure(image.to(device), target.to(device), names, lpips)
-                                for row, image in rows.items()}
-                image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in rows]
+                    for row, image, tiles in make_rows(args, pipe, text, settings, steps, start_noise, target, control,
+                                                       item_seed(args.seed, crop, index)):
+                        measured[row] = measure(image.to(device), target.to(device), names, lpips)
+                        shown |= {row: image[0]} if row in GRID_LABELS else {}
+                        used |= {row: tiles} if tiles else {}
+                image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in measured]
                 params.append({"image": name, "crop": crop, "degradation": degradation, "tiles_used": used})
                 if crop == len(pairs) // 2:  # the middle of the photograph says more than its corner
-                    shown = {row: rows[row][0] for row in rows if row in GRID_LABELS} | {"target": target[0]}
                     picture = shown, measured
         except (ValueError, OSError) as error:
             failures.append((name, error))

@@ -501,8 +501,12 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
     settings, steps, start_noise = script.resolve_settings(args)
     pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
     target, control = (to_tensor(image)[None] for image in (IMAGE, IMAGE[::-1]))
-    rows, _ = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
-    again, _ = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
+
+    def make_rows():
+        made = script.make_rows(args, pipe, text, settings, 2, start_noise, target, control, 5)
+        return {row: image for row, image, _ in made}
+
+    rows, again = make_rows(), make_rows()
     assert all(torch.equal(rows[row], again[row]) for row in rows)  # switching the LoRA off and on leaves no trace
     args.lora = None
     bare, _ = script.load_models(args, settings, torch.device("cpu"), torch.float32)
@@ -512,6 +516,19 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
     assert torch.equal(rows["ceiling"], restore.round_trip(bare.vae, target))
     assert torch.equal(rows["input_vae"], restore.round_trip(bare.vae, control))
     assert not torch.equal(rows["base"], rows["lora"])
+
+
+def test_an_error_of_the_base_model_leaves_the_lora_on_for_the_next_image(tiny_lora, tiny_model, tmp_path):
+    args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output", str(tmp_path), "--input", "x",
+                              "--lora", tiny_lora])
+    settings, steps, start_noise = script.resolve_settings(args)
+    pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
+    image = to_tensor(IMAGE)[None]
+    expected = script.restore_image(pipe, image, text, settings, steps, 5, start_noise)[0]
+    with pytest.raises(ValueError, match="NaN"), script.without_lora(pipe, True):
+        assert not torch.equal(script.restore_image(pipe, image, text, settings, steps, 5, start_noise)[0], expected)
+        raise ValueError("NaN or infinity")
+    assert torch.equal(script.restore_image(pipe, image, text, settings, steps, 5, start_noise)[0], expected)
 
 
 def test_whole_images_are_scored_in_tiles_with_the_colour_fix(call, tiny_lora, photos, tmp_path):
