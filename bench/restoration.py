@@ -112,7 +112,7 @@ def parse_args(argv=None):
     add("--sets", default=",".join(SETS), help="comma list of these and custom, which the degradation options make")
     add("--steps", default="1,2,4,8,28", help="comma list of sampling steps of the LoRAs")
     add("--start_noise", help="comma list within the LoRAs' trained range; default: its middle")
-    add("--base_steps", default="28", help="comma list of sampling steps of the model without LoRA, from pure noise; "
+    add("--base_steps", default="4,28", help="comma list of sampling steps of the model without LoRA, from pure noise; "
         "0: leave it out")
     add("--output", required=True, help="folder for everything that is written")
     add("--tune_on", help="folder of photographs on which the classical methods are tuned, without those that are "

@@ -84,7 +84,8 @@ def test_validation_and_workers_move_nothing(train, tmp_path, photos):
     assert plain == validated
 
 
-def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(train, tiny_model, photos, tmp_path):
+def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(train, tiny_model, photos, tmp_path,
+                                                                             monkeypatch):
     train("--max_train_steps 60 --learning_rate 1e-2 --start_noise 0.5 --validation_steps 30 --num_validation_images 1",
           f"--heldout_root {photos / 'heldout'} --degradation_types noise --guidance_scale 1.5 --logging_steps 30")
     losses = {row["step"]: row["validation/loss"] for row in metrics(tmp_path / "out") if "validation/loss" in row}
@@ -100,8 +101,13 @@ def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(tra
     lora.load(pipe, tmp_path / "out")
     text = flux.encode_prompts(tiny_model, [settings["prompt"]], "cpu", torch.float32, settings["max_sequence_length"])
     heldout = DegDataset(photos / "heldout", make_degrader("noise"), 32, crop="center", seed=heldout_seed(0))
-    scores = validation.validate(pipe, [heldout[0]], text[settings["prompt"]], settings, 1, 0, tmp_path / "grid.png")
+    sizes, decode = [], flux.decode
+    monkeypatch.setattr(flux, "decode", lambda vae, z: sizes.append(z.shape[2:]) or decode(vae, z))
+    large = np.zeros((40, 70, 3), np.uint8)
+    scores = validation.validate(pipe, [heldout[0]], text[settings["prompt"]], settings, 1, 0, tmp_path / "grid.png",
+                                 [large])
     assert scores["validation/loss"] == pytest.approx(losses[60], rel=1e-5)
+    assert len(sizes) > 6 and set(sizes) == {(4, 4)}  # a photograph without target is restored in tiles of 32 px
 
 
 def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, monkeypatch):

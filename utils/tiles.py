@@ -63,17 +63,21 @@ def choose_tiling(args, settings, vae):
     """The Tiling that --tile, --tile_overlap, --tile_batch and --token_shifts ask for.
 
     auto: the side the LoRA was trained at, since positions beyond it were never seen and a longer sequence is no better
-    than a seam-free blend; where that is not known, BASE_TILE_TOKENS. On CUDA at most what the free memory holds by
-    `memory_tile`."""
+    than a seam-free blend. On CUDA at most what the free memory holds by `memory_tile`."""
     if args.tile != "auto":
         return Tiling(int(args.tile), args.tile_overlap, args.tile_batch, args.token_shifts)
-    size = settings["resolution"] or BASE_TILE_TOKENS * flux.size_multiple(vae)
+    size = trained_side(settings, vae)
     parameter = next(vae.parameters())
     if parameter.device.type == "cuda":
         free = torch.cuda.mem_get_info(parameter.device)[0]
         free += torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
         size = min(size, memory_tile(vae, free, args.tile_batch))
     return Tiling(size, args.tile_overlap, args.tile_batch, args.token_shifts)
+
+
+def trained_side(settings, vae):
+    """Side in px of the images that the LoRA was trained on; where that is not known, BASE_TILE_TOKENS of the model."""
+    return settings["resolution"] or BASE_TILE_TOKENS * flux.size_multiple(vae)
 
 
 def memory_tile(vae, free_bytes, batch=1):

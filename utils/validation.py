@@ -8,6 +8,7 @@ from torchvision.transforms.functional import to_tensor
 
 from utils import flow_matching as fm
 from utils import flux, metrics, restore
+from utils.tiles import Tiling, restore_tiled, trained_side
 from utils.utils import image_grid
 
 LOSS_POSITIONS = (0.25, 0.5, 0.75, 1.0)
@@ -85,8 +86,9 @@ def validate(pipe, items, text, settings, steps, seed, grid_path, images=(), lpi
         rows.append([control[0], restored[0], target[0]])
         captions.append([f"{score['psnr_input']:.2f} dB", f"{score['psnr']:.2f} dB", ""])
     for image in images:
-        control = (to_tensor(image) * 2 - 1)[None].to(device)
-        restored = restore.restore(pipe, control, text, settings, steps, [seed])
+        control = (to_tensor(image) * 2 - 1)[None]
+        restored = restore_tiled(pipe, control, text, settings, steps, seed,
+                                 tiling=Tiling(trained_side(settings, pipe.vae)))
         rows.append([control[0], restored[0], torch.ones_like(control[0])])
         captions.append(["", "", "no target"])
     pipe.transformer.train(was_training)
