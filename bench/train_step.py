@@ -7,7 +7,6 @@ the paired steps. The plain arm has no guard, no item generators and no Accelera
 import argparse
 import platform
 import statistics
-import sys
 import time
 
 import torch
@@ -19,6 +18,7 @@ from my_dataset.dataset_deg_bucket import BucketBatchSampler
 from my_dataset.dataset_deg_paired import collate_fn, dataset_from_args, use_one_thread
 from my_dataset.degradations import degrader_from_args
 from utils import flux, lora, run
+from utils.parse import check_least, run_main
 
 LIMIT = 1.02
 
@@ -66,6 +66,7 @@ def main():
     parser.add_argument("--hr_root", default="data/sample/train")
     parser.add_argument("--model", default="assets/tiny-kontext")
     options = parser.parse_args()
+    check_least(options, steps=1)  # the others are the training script's, which checks them
     args = script.parse_args([
         "--pretrained_model_name_or_path", options.model, "--hr_root", options.hr_root, "--resolution",
         str(options.resolution), "--train_batch_size", str(options.train_batch_size), "--max_sequence_length",
@@ -136,4 +137,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, cover_crop, item_rng
 from my_dataset.degradations import PRESETS, Params, add_degradation_args, degrader_from_args
 from my_dataset.images import UnreadableImage, list_images, load_rgb
-from utils.parse import make_parser, run_main, write_json
+from utils.parse import check_least, make_parser, run_main, write_json
 
 MARGIN_PX = 8
 FONT_PX = 12
@@ -77,9 +77,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--seed", type=int, default=0)
     add_degradation_args(parser)
     args = parser.parse_args(argv)
-    for flag, minimum in (("num_images", 1), ("samples", 1), ("resolution", 64), ("seed", 0)):
-        if getattr(args, flag) < minimum:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {minimum}")
+    check_least(args, num_images=1, samples=1, resolution=64, seed=0)
     if not args.images and not args.presets:
         raise ValueError("--images is needed: an image or a folder of clean images")
     if args.presets and args.degradation_preset:

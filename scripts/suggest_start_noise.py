@@ -14,7 +14,7 @@ from my_dataset.dataset_deg_paired import add_data_args, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args
 from utils import flux
 from utils.flow_matching import SMALLEST_START_NOISE
-from utils.parse import make_parser, run_main
+from utils.parse import check_least, make_parser, run_main
 
 
 def parse_args(argv=None):
@@ -25,8 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_images", type=int, default=32, help="images to look at, spread evenly over the data")
     parser.add_argument("--seed", type=int, default=0, help="of crops and degradations")
     args = parser.parse_args(argv)
-    if args.max_images < 1:
-        raise ValueError(f"--max_images {args.max_images}: give 1 or more")
+    check_least(args, max_images=1, seed=0)
     flux.check_model(args.pretrained_model_name_or_path)
     return args
 
