@@ -58,6 +58,8 @@ from utils.validation import default_steps
 NLM_STRENGTHS = (3, 6, 10, 15, 20, 25, 30, 40, 60)
 BILATERAL = tuple(itertools.product((20, 45, 80, 110, 150, 200, 300), (1, 1.5, 2, 3)))  # color in levels, space in px
 
+FEW_IMAGES = 10  # below, the percentile bootstrap covers the mean clearly less often than it says
+
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
@@ -372,6 +374,8 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     for row, values in gains.items():
         key, (mean, lo, hi) = next(iter(values.items()))
         print(f"LoRA minus {labels[row]}: {key} {mean:+.3f} [{lo:+.3f}, {hi:+.3f}]")
+    if report["images"] < FEW_IMAGES:
+        print(f"The intervals are too narrow: a bootstrap over fewer than {FEW_IMAGES} images knows too few of them.")
     print(f"n = {report['images']} images, {report['crops']} crops; mean [95 % interval]; {steps} steps, start noise "
           f"{start_noise:g}, seed {args.seed}\nscores.csv, metrics.json, grid.png: {args.output}")
     return code

@@ -26,6 +26,7 @@ exec "${LAUNCH[@]}" "$ROOT/train_deg_lora_flux_kontext.py" \
   --output_dir "${OUTPUT_DIR:-$ROOT/outputs/flow-matching-$(date +%Y%m%d-%H%M%S)}" \
   --mixed_precision bf16 \
   --start_noise 0 \
+  --no-reference_tokens \
   --weighting_scheme uniform \
   --guidance_scale 1.5 \
   --rank 16 \

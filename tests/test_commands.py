@@ -84,7 +84,8 @@ def test_flow_matching_command_trains_on_a_named_model(tiny_model, photos, tmp_p
     run = bash("train_flow_matching.sh", *SHORT, "--aspect_ratio_buckets", "32:48,48:32", MODEL_NAME=tiny_model,
                HR_ROOT=str(photos / "train"), HELDOUT_ROOT=str(photos / "heldout"), OUTPUT_DIR=str(output),
                PERCEPTUAL="gradient")
-    expect(trained_args(run, output), start_noise="0", weighting_scheme="uniform", guidance_scale=1.5,
+    expect(trained_args(run, output), start_noise="0", reference_tokens=False, weighting_scheme="uniform",
+           guidance_scale=1.5,
            noise_level="0.02", blur_radius="1.5", jpeg_quality="85", use_bucket_sampler=True, train_batch_size=1,
            gradient_accumulation_steps=4, gradient_checkpointing=True, use_8bit_adam=True, lr_scheduler="cosine",
            lr_warmup_steps=100, checkpointing_steps=500, validation_epochs=5, seed=42, perceptual_loss="gradient",

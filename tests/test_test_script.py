@@ -484,7 +484,7 @@ def test_scores_hold_every_row_with_intervals_and_files(call, tiny_lora, photos,
             assert f"{values[name]['mean']:.{2 if name.startswith('psnr') else 4}f} [" in out
     gain = report["lora_minus"]["input"]["psnr"]["mean"]
     assert gain == pytest.approx(report["rows"]["lora"]["psnr"]["mean"] - report["rows"]["input"]["psnr"]["mean"])
-    assert "n = 2 images" in out and str(tmp_path / "out") in out
+    assert "n = 2 images" in out and "fewer than 10 images" in out and str(tmp_path / "out") in out
     assert report["definitions"].keys() == {*MEASURED, "ssim", "ssim_y"} and report["versions"]["torch"]
     labels = {f"non-local means (h={h}, best on this set)" for h in script.NLM_STRENGTHS}
     assert report["rows"]["nlm"]["label"] in labels
