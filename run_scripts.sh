@@ -64,14 +64,14 @@ else
     --max_train_steps 1400
     --start_noise 0
     --no-reference_tokens
-    --train_sigmas 1,0.5
+    --train_sigmas 1
     --checkpointing_steps 700
     --checkpoints_total_limit 1
     --validation_steps 700
   )
   # Twice the noise and blur that the base model saw, all at once.
   damage=(--degradation_types "downsample,blur,noise" --lr_scale 2 --blur_radius 1.0 --noise_level 0.098)
-  scoring=(--max_images 20)
+  scoring=(--max_images 20 --token_shifts 2)
 fi
 [[ " $* " == *" --degradation_preset"* ]] || training+=("${damage[@]}") # a preset brings its own
 [[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")
