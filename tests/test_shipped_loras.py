@@ -7,19 +7,18 @@ from bench.restoration import DegradedSet, set_seed, tune, tuning_photos
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, item_rng, to_tensor
 from my_dataset.degradations import make_degrader
 from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm
-from scripts.make_tiny_kontext import HELDOUT_SAMPLES, load_sample
+from scripts.make_tiny_kontext import heldout_crops, mean_psnr
 from tests.conftest import PROJECT_ROOT
-from utils import flux, lora, metrics
+from utils import flux, lora
 from utils.restore import STOCK_SETTINGS, choose_start_noise
 from utils.tiles import Tiling, restore_tiled, round_trip_tiled
 from utils.validation import default_steps
 
 ASSETS = PROJECT_ROOT / "assets"
-CROP = slice(100, 228), slice(150, 278)
 
 
-def mean_psnr(images, targets):
-    return sum(metrics.psnr(image, target).item() for image, target in zip(images, targets, strict=True)) / len(targets)
+def to_batch(images):
+    return torch.stack([to_tensor(image) for image in images])
 
 
 @pytest.mark.parametrize(("name", "preset", "over_vae", "over_classical"), [
@@ -36,16 +35,17 @@ def test_a_shipped_lora_beats_the_input_through_the_vae_and_tuned_filters(name, 
     lora.load(pipe, file)
 
     degrade = make_degrader(preset=preset)
-    clean = [load_sample(sample)[CROP] for sample in HELDOUT_SAMPLES for _ in range(4)]
+    clean = heldout_crops(128, 4)
     degraded = [degrade(image, item_rng(set_seed(preset, 0), 0, i, DEGRADATION_STREAM))[0]
                 for i, image in enumerate(clean)]
-    targets, controls = ([to_tensor(image)[None] for image in images] for images in (clean, degraded))
+    targets, controls = to_batch(clean), to_batch(degraded).split(1)
     tiling = Tiling(settings["resolution"])
     restored = [restore_tiled(pipe, control, text[settings["prompt"]], settings, default_steps(settings), 0,
                               choose_start_noise(settings), tiling) for control in controls]
-    score = mean_psnr(restored, targets)
-    assert score > mean_psnr([round_trip_tiled(pipe.vae, control, tiling) for control in controls], targets) + over_vae
+    score = mean_psnr(torch.cat(restored), targets)
+    through_vae = torch.cat([round_trip_tiled(pipe.vae, control, tiling) for control in controls])
+    assert score > mean_psnr(through_vae, targets) + over_vae
     tuned = tune(DegradedSet(preset, "", degrade), tuning_photos(None, []), 0)  # as the benchmark does
     for method, row in ((denoise_nlm, "nlm"), (denoise_bilateral, "bilateral")):
-        filtered = [to_tensor(method(image, **tuned[row]))[None] for image in degraded]
+        filtered = to_batch([method(image, **tuned[row]) for image in degraded])
         assert score > mean_psnr(filtered, targets) + over_classical

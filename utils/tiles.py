@@ -155,15 +155,15 @@ def restore_tiled(pipe, control, text, settings, steps, seed, start_noise=None, 
     [-1, 1], tile by tile. text: TextEmbeds of batch 1. An image no larger than one tile equals utils.restore.restore
     with the same seed. ValueError where the model gives no numbers.
 
-    A model that predicts token by token lets neighbouring tokens disagree. With tiling.shifts the image is also
-    restored with that many px more above and to the left, so that its tokens lie elsewhere, and the mean is taken:
-    cycle spinning (Coifman and Donoho 1995)."""
+    A model that predicts token by token lets neighbouring tokens disagree. With tiling.shifts = n the image is restored
+    n times, each time moved down and right by a further n-th of a token, so that its tokens lie elsewhere, and the mean
+    is taken: cycle spinning (Coifman and Donoho 1995)."""
     multiple, (height, width) = flux.size_multiple(pipe.vae), control.shape[-2:]
     total = torch.zeros(control.shape)
     for before in range(0, multiple, multiple // tiling.shifts):
         # What fits one tile still does when it is moved: cut in two, it would cost several times as much.
         grid = tiling if before == 0 or max(height, width) > tiling.size_px else tiling._replace(size_px=0)
-        padded = pad_to_multiple(control.cpu(), multiple, before)
+        padded = pad_to_multiple(control, multiple, before)
         restored = restore_padded_tiled(pipe, padded, text, settings, steps, seed, start_noise, grid)
         total += restored[..., before : before + height, before : before + width]
     return total / tiling.shifts
