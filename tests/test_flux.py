@@ -34,20 +34,22 @@ def ids_by_hand(height, width, first):
     return torch.tensor([[first, y, x] for y in range(height // 2) for x in range(width // 2)], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("sizes", [[], [(HEIGHT, WIDTH)], [(4, 6), (HEIGHT, WIDTH)]], ids=len)
 @torch.no_grad()
-def test_predict_velocity_equals_a_direct_call_with_hand_packed_tokens(tiny_pipe, reference):
-    z, control, text = normal(2, 16, HEIGHT, WIDTH), normal(2, 16, HEIGHT, WIDTH, seed=3), random_text(2)
+def test_predict_velocity_equals_a_direct_call_with_hand_packed_tokens(tiny_pipe, sizes):
+    z, text = normal(2, 16, HEIGHT, WIDTH), random_text(2)
+    references = [normal(2, 16, *size, seed=3 + i) for i, size in enumerate(sizes)]
     sigma = torch.tensor([0.25, 0.9])
     tokens, ids = pack_by_hand(z), ids_by_hand(HEIGHT, WIDTH, 0)
-    if reference:
-        tokens = torch.cat([tokens, pack_by_hand(control)], dim=1)
-        ids = torch.cat([ids, ids_by_hand(HEIGHT, WIDTH, 1)])
+    for i, (reference, size) in enumerate(zip(references, sizes, strict=True), start=1):
+        tokens = torch.cat([tokens, pack_by_hand(reference)], dim=1)
+        ids = torch.cat([ids, ids_by_hand(*size, i)])
     direct = tiny_pipe.transformer(
         hidden_states=tokens, timestep=sigma, guidance=torch.tensor([2.0, 2.0]), encoder_hidden_states=text.prompt,
         pooled_projections=text.pooled, txt_ids=torch.zeros(5, 3), img_ids=ids).sample[:, : HEIGHT * WIDTH // 4]
-    ours = flux.predict_velocity(tiny_pipe.transformer, z, sigma, control if reference else None, text, 2.0)
-    torch.testing.assert_close(pack_by_hand(ours), direct)
+    for given in [references or None] + references * (len(sizes) == 1):  # one alone may stand without a list
+        ours = flux.predict_velocity(tiny_pipe.transformer, z, sigma, given, text, 2.0)
+        torch.testing.assert_close(pack_by_hand(ours), direct)
 
 
 @torch.no_grad()

@@ -36,6 +36,10 @@ class TextEmbeds:
     def to(self, device, dtype):
         return TextEmbeds(self.prompt.to(device, dtype), self.pooled.to(device, dtype))
 
+    def expand(self, batch):
+        """The same text `batch` times; self is of batch 1, or of `batch` already."""
+        return TextEmbeds(self.prompt.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
 
 def check_model(path):
     """Fail before anything expensive if `path` is a folder without a pipeline in it. Hub ids pass."""
@@ -173,23 +177,24 @@ def unpack(tokens, height, width):
 
 
 def token_ids(height, width, first, device):
-    """Position ids (h/2 * w/2, 3) = (first, row, column) of h x w latents; first: 0 target, 1 reference."""
+    """Position ids (h/2 * w/2, 3) = (first, row, column) of h x w latents; first: 0 target, i for reference i."""
     ids = FluxKontextPipeline._prepare_latent_image_ids(1, height // PATCH, width // PATCH, device, torch.float32)
     ids[:, 0] = first
     return ids
 
 
-def predict_velocity(transformer, latents, sigma, control, text, guidance_scale):
+def predict_velocity(transformer, latents, sigma, references, text, guidance_scale):
     """Velocity (B, C, h, w) that the transformer predicts for `latents` at noise level `sigma`.
 
-    latents: (B, C, h, w). sigma: (B,) in [0, 1]. control: reference latents (B, C, h', w'), or None for no reference
-    tokens. text: TextEmbeds of batch B. The transformer's own dtype is used for everything it reads."""
+    latents: (B, C, h, w). sigma: (B,) in [0, 1]. references: reference latents (B, C, h', w'), a list of them, each of
+    its own size, or None; the i-th stands at the positions (i, row, column), i from 1 (Labs et al. 2025, FLUX.1
+    Kontext). text: TextEmbeds of batch B. The transformer's own dtype is used for everything it reads."""
     dtype = text.prompt.dtype
     height, width = latents.shape[-2:]
-    tokens, ids = pack(latents), token_ids(height, width, 0, latents.device)
-    if control is not None:
-        tokens = torch.cat([tokens, pack(control)], dim=1)
-        ids = torch.cat([ids, token_ids(*control.shape[-2:], 1, latents.device)])
+    references = [references] if isinstance(references, torch.Tensor) else references or []
+    images = [latents, *references]
+    tokens = torch.cat([pack(image) for image in images], dim=1)
+    ids = torch.cat([token_ids(*image.shape[-2:], i, latents.device) for i, image in enumerate(images)])
     guidance = None
     if unwrap_config(transformer).guidance_embeds:
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)

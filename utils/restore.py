@@ -131,18 +131,28 @@ def restore_latents(pipe, control, text, settings, steps, noise, start_noise=Non
 
     text: TextEmbeds of batch B. noise: from `sampling_noise`, of the same shape."""
     k = choose_start_noise(settings, start_noise)
-    tokens = control.shape[-2] * control.shape[-1] // flux.PATCH**2
-    positions, sigmas = schedule(settings, steps, tokens, pipe.scheduler, k)
-    z = fm.start_point(control, noise.start.to(control), torch.full((len(control),), k, device=control.device))
-    reference = control if settings["reference_tokens"] else None
+    start = fm.start_point(control, noise.start.to(control), torch.full((len(control),), k, device=control.device))
+    references = control if settings["reference_tokens"] else None
+    return sample_latents(pipe, start, references, text, settings, steps, k, noise.bridge)
+
+
+@torch.no_grad()
+def sample_latents(pipe, start, references, text, settings, steps, start_noise=1.0, bridge=()):
+    """Latents (B, C, h, w) in fp32 at the end of the flow from `start`, which has the same shape.
+
+    references: as for flux.predict_velocity. text: TextEmbeds of batch B or 1. bridge: the noise fields of
+    Noise.bridge."""
+    z = start
+    positions, sigmas = schedule(settings, steps, z.shape[-2] * z.shape[-1] // flux.PATCH**2, pipe.scheduler,
+                                 start_noise)
     dtype = text.prompt.dtype
     for i in range(steps):
         told = torch.full((len(z),), sigmas[i], device=z.device)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):  # the numerics of training
-            velocity = flux.predict_velocity(pipe.transformer, z, told, reference, text, settings["guidance_scale"])
-        bridge = noise.bridge[i].to(z) if i < len(noise.bridge) else None
+            velocity = flux.predict_velocity(pipe.transformer, z, told, references, text, settings["guidance_scale"])
+        draw = bridge[i].to(z) if i < len(bridge) else None
         z = fm.flow_step(z, velocity.float(), sigmas[i], sigmas[i + 1], positions[i], positions[i + 1],
-                         settings["bridge_noise"], bridge)
+                         settings["bridge_noise"], draw)
     return z
 
 

@@ -178,7 +178,7 @@ def restore_padded_tiled(pipe, control, text, settings, steps, seed, start_noise
 
     def work(tiles, boxes):
         crops = [noise.crop(*(slice(side.start // scale, side.stop // scale) for side in box)) for box in boxes]
-        texts = flux.TextEmbeds(text.prompt.expand(len(tiles), -1, -1), text.pooled.expand(len(tiles), -1))
+        texts = text.expand(len(tiles))
         return restore_padded(pipe, tiles.to(device), texts, settings, steps, stack_noise(crops), start_noise)
 
     return blend_tiles(control, tiling, multiple, work)
