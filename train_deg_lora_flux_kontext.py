@@ -9,15 +9,13 @@ k is --start_noise: 1 is stock Kontext (noise to image, c in the reference token
 """
 
 import sys
-import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from my_dataset.dataset_deg_bucket import BucketBatchSampler, batches_per_epoch
-from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args, use_one_thread
+from my_dataset.dataset_deg_bucket import make_loader
+from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
 from utils import checkpoint, flux, lora, run, validation
@@ -110,18 +108,12 @@ def main(args):
 
     accelerator = run.make_accelerator(args)
     stop = run.StopSignal(accelerator.num_processes)
-    if len(dataset) < args.train_batch_size * accelerator.num_processes:
-        raise ValueError(f"{len(dataset)} usable images are fewer than --train_batch_size {args.train_batch_size} x "
-                         f"{accelerator.num_processes} processes; lower it or add images")
-    steps_per_epoch = batches_per_epoch(len(dataset), args.train_batch_size * args.gradient_accumulation_steps,
-                                        accelerator.num_processes)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
+    validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = make_settings(args)
-    identity = run.identity(args, settings, len(dataset), accelerator.num_processes)
-    resume_path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
-    step, state = checkpoint.load(resume_path, identity) if resume_path else (0, None)
-    run.start_run(accelerator, args, step)
+    identity = run.identity(args, settings, len(dataset), accelerator.num_processes,
+                            more=("degradation_types", "degradation_preset"))
+    step, state = run.resume(args, identity)
+    run.start_run(accelerator, args, step, "flux-kontext-restoration")
     if accelerator.is_main_process and step == 0:
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
@@ -147,15 +139,10 @@ def main(args):
     lr_scheduler = run.make_lr_scheduler(optimizer, args)
     ema = lora.make_ema(lora_parameters, args.ema_decay) if args.use_ema else None
     if state:
-        run.load_state(state, pipe.transformer, optimizer, lr_scheduler, ema)
+        run.load_state(state, {"transformer": pipe.transformer}, optimizer, lr_scheduler, ema)
 
-    consumed = step * args.gradient_accumulation_steps * accelerator.num_processes
-    loader = DataLoader(
-        dataset, batch_sampler=BucketBatchSampler(dataset.bucket_of, args.train_batch_size, args.seed, start=consumed),
-        collate_fn=collate_fn, num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
-        worker_init_fn=use_one_thread,
-        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
-    )
+    loader = make_loader(dataset, collate_fn, args, pin_memory=device.type == "cuda",
+                         start=step * args.gradient_accumulation_steps * accelerator.num_processes)
     transformer, optimizer, loader = accelerator.prepare(pipe.transformer, optimizer, loader)
     transformer.train()
     run.set_optimizer_mode(optimizer, training=True)
@@ -169,7 +156,7 @@ def main(args):
 
     def save_checkpoint():
         if accelerator.is_main_process and step:
-            state = run.collect_state(pipe.transformer, optimizer, lr_scheduler, ema)
+            state = run.collect_state({"transformer": pipe.transformer}, optimizer, lr_scheduler, ema)
             checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
                             write_lora=write_lora)
         accelerator.wait_for_everyone()
@@ -189,18 +176,14 @@ def main(args):
 
     # --- the loop
     guard = run.FiniteGuard()
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process,
-                    desc="training", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
-    summed, since, skipped, waited = {}, 0, [], 0.0
-    started = time.perf_counter()
+    progress = run.Progress(accelerator, args, step)
     if step == 0:
         validate()  # the base model, before any training
+        progress.restart()
     batches = iter(loader)
     while step < args.max_train_steps:
         for _ in range(args.gradient_accumulation_steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
+            batch = progress.next_batch(batches)
             with accelerator.accumulate(transformer):
                 text = flux.stack_text(encoded, batch["prompt"], device, dtype)
                 losses = training_step(pipe, transformer, perceptual, batch, text, args)
@@ -209,43 +192,28 @@ def main(args):
                     norm = guard.filter(lora_parameters, args.max_grad_norm, step + 1)
                 optimizer.step()
                 optimizer.zero_grad()
-            skipped += sum(batch["skipped"], [])
-            for name, value in losses.items():
-                summed[name] = summed.get(name, 0.0) + value.detach() / args.gradient_accumulation_steps
+            progress.add(losses)
         lr_scheduler.step()
         if ema:
             ema.step(lora_parameters)
-        step, since = step + 1, since + 1
-        progress.update()
+        step += 1
+        progress.step()
 
-        # Every number read back waits for the device, so this happens only now and then.
         is_last = step == args.max_train_steps
         is_checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0
         is_validation = is_last or step % validation_steps == 0
-        read_back = is_last or is_checkpoint or is_validation or step % args.logging_steps == 0
         signal_number = stop.agreed()
-        if read_back or signal_number:
+        if is_last or is_checkpoint or is_validation or signal_number or step % args.logging_steps == 0:
             guard.check(accelerator)
-            means = {f"loss/{name}": accelerator.reduce(value / since, "mean").item() for name, value in summed.items()}
-            run.log_metrics(accelerator, args.output_dir, means | {
-                "gradient_norm": norm.item(), "lr": lr_scheduler.get_last_lr()[0],
-                "seconds_per_step": (time.perf_counter() - started) / since, "data_seconds_per_step": waited / since,
-            }, step)
-            progress.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
-            run.report_skipped(skipped, args.output_dir, "replaced")
-            summed, since, skipped, waited, started = {}, 0, [], 0.0, time.perf_counter()
+            progress.report(accelerator, step, norm, lr_scheduler)
         if is_checkpoint or signal_number:
             save_checkpoint()
         if signal_number:
-            progress.close()
-            run.logger.warning(f"stopped by signal {signal_number} after step {step}; go on with "
-                               "--resume_from_checkpoint latest")
-            accelerator.end_training()
-            return 128 + signal_number
+            return run.stopped(accelerator, progress, step, signal_number)
         if is_validation:
             validate()
-            started = time.perf_counter()
-    progress.close()
+            progress.restart()
+    progress.bar.close()
 
     if accelerator.is_main_process:
         path = write_lora(args.output_dir)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers import FluxKontextPipeline
 
 import train_deg_lora_flux_kontext as script
-from my_dataset.dataset_deg_bucket import BucketBatchSampler
-from my_dataset.dataset_deg_paired import collate_fn, dataset_from_args, use_one_thread
+from my_dataset.dataset_deg_bucket import make_loader
+from my_dataset.dataset_deg_paired import collate_fn, dataset_from_args
 from my_dataset.degradations import degrader_from_args
 from utils import flux, lora, run
 from utils.parse import check_least, run_main
@@ -71,7 +71,7 @@ def main():
         "--pretrained_model_name_or_path", options.model, "--hr_root", options.hr_root, "--resolution",
         str(options.resolution), "--train_batch_size", str(options.train_batch_size), "--max_sequence_length",
         str(options.max_sequence_length), "--degradation_types", "downsample,noise,blur", "--report_to", "none",
-        "--output_dir", "outputs/bench-train-step", "--max_train_steps", "1000"])
+        "--dataloader_num_workers", "1", "--output_dir", "outputs/bench-train-step", "--max_train_steps", "1000"])
     dataset = dataset_from_args(args, degrader_from_args(args), args.instance_prompt, args.seed)
     accelerator = run.make_accelerator(args)
     device, dtype = accelerator.device, run.weight_dtype(accelerator)
@@ -86,10 +86,7 @@ def main():
     transformer, optimizer = accelerator.prepare(pipe.transformer, optimizer)
     plain.transformer.train(), transformer.train()
     guard = run.FiniteGuard()
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=BucketBatchSampler(dataset.bucket_of, args.train_batch_size, 0), collate_fn=collate_fn,
-        num_workers=1, worker_init_fn=use_one_thread)
-    batches = iter(accelerator.prepare(loader))
+    batches = iter(accelerator.prepare(make_loader(dataset, collate_fn, args)))
     text = flux.stack_text(encoded, [args.instance_prompt] * args.train_batch_size, device, dtype)
 
     def our_step(batch, step):  # the loop of the training script

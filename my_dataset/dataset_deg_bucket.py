@@ -1,11 +1,11 @@
 """Aspect-ratio buckets: every image is cropped to the nearest of a few sizes, and a batch has one size."""
 import itertools
-import math
 import re
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
 
-from my_dataset.dataset_deg_paired import ORDER_STREAM, DegDataset, item_rng
+from my_dataset.dataset_deg_paired import ORDER_STREAM, DegDataset, item_rng, use_one_thread
 from my_dataset.images import MAX_PIXELS
 
 # (height, width) of about one megapixel that FLUX.1 Kontext was trained on: PREFERRED_KONTEXT_RESOLUTIONS of diffusers.
@@ -93,6 +93,11 @@ class BucketBatchSampler(Sampler):
                 yield batches[place]
 
 
-def batches_per_epoch(items, batch_size, processes=1):
-    """Steps of an epoch for `items` images: ceil(items / (batch_size * processes))."""
-    return math.ceil(items / (batch_size * processes))
+def make_loader(dataset, collate_fn, args, start=0, pin_memory=False):
+    """Endless loader of `dataset`, which has a `bucket_of`, in the order of BucketBatchSampler; start: as there."""
+    return DataLoader(
+        dataset, batch_sampler=BucketBatchSampler(dataset.bucket_of, args.train_batch_size, args.seed, start),
+        collate_fn=collate_fn, num_workers=args.dataloader_num_workers, pin_memory=pin_memory,
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
+    )

@@ -28,7 +28,7 @@ from my_dataset import (
     parse_buckets_string,
     tokenize_prompt,
 )
-from my_dataset.dataset_deg_bucket import KONTEXT_BUCKETS, batches_per_epoch
+from my_dataset.dataset_deg_bucket import KONTEXT_BUCKETS
 from my_dataset.dataset_deg_paired import (
     add_data_args,
     check_no_overlap,
@@ -691,11 +691,6 @@ def test_accelerates_loader_hands_out_the_same_batches_also_after_a_restart(phot
 def test_a_sampler_of_nothing_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         BucketBatchSampler(*arguments)
-
-
-@pytest.mark.parametrize("items, batch, processes, steps", ((10, 4, 1, 3), (10, 4, 2, 2), (3, 4, 2, 1), (8, 4, 2, 1)))
-def test_an_epoch_is_the_items_over_the_global_batch_rounded_up(items, batch, processes, steps):
-    assert batches_per_epoch(items, batch, processes) == steps
 
 
 def test_collate_stacks_tensors_and_lists_the_rest(photos):

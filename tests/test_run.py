@@ -181,12 +181,28 @@ def test_an_output_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
 def test_identity_names_what_a_resumed_run_must_share():
     args = SimpleNamespace(**vars(parse_args("--seed", "3")), rank=4, lora_alpha=None, lora_layers=None, use_dora=False,
                            use_rslora=False, use_ema=False, aspect_ratio_buckets=None, weighting_scheme="none",
-                           degradation_preset=None, degradation_types="noise")
-    identity = run.identity(args, {"start_noise": [0.5, 0.5]}, items=7, num_processes=2)
+                           degradation_types="noise")
+    identity = run.identity(args, {"start_noise": [0.5, 0.5]}, items=7, num_processes=2, more=["degradation_types"])
     assert identity["start_noise"] == [0.5, 0.5] and identity["seed"] == 3
     assert identity["images"] == 7 and identity["processes"] == 2
+    assert identity["degradation_types"] == "noise"
     assert json.loads(json.dumps(identity)) == identity  # what is stored compares equal to what was given
     assert not {"max_train_steps", "output_dir", "report_to"} & identity.keys()
+
+
+@pytest.mark.parametrize("items, batch, accumulation, processes, steps", [
+    (10, 4, 1, 1, 3), (10, 4, 1, 2, 2), (8, 4, 1, 2, 1), (10, 2, 2, 1, 3), (10, 2, 2, 2, 2)])
+def test_an_epoch_is_the_items_over_the_global_batch_rounded_up(items, batch, accumulation, processes, steps):
+    args = parse_args("--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation),
+                      "--num_train_epochs", "3", "--validation_epochs", "2")
+    assert run.plan_steps(args, items, processes) == 2 * steps and args.max_train_steps == 3 * steps
+    args.validation_steps = 7
+    assert run.plan_steps(args, items, processes) == 7 and args.max_train_steps == 3 * steps  # kept, once it is set
+
+
+def test_fewer_items_than_one_step_takes_is_an_error():
+    with pytest.raises(ValueError, match="7 usable images are fewer than --train_batch_size 4 x 2 processes"):
+        run.plan_steps(parse_args("--train_batch_size", "4"), 7, 2)
 
 
 # --- stopping
@@ -349,7 +365,7 @@ def test_start_run_writes_args_without_secrets_and_cuts_metrics_back_to_the_resu
         run.log_metrics(tracker, tmp_path, {"loss": step / 2}, step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # a kill in the middle of a line
-    run.start_run(tracker, args, step=3)
+    run.start_run(tracker, args, 3, "project")
     assert [strict(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     run.log_metrics(tracker, tmp_path, {"loss": 0.1}, 4)
     assert [strict(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -8,12 +8,15 @@ import math
 import os
 import re
 import signal
+import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from utils.checkpoint import any_checkpoint
+from utils import checkpoint
 from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
 from utils.parse import check_least, public_args, writable_folder, write_json
 
@@ -117,7 +120,7 @@ def check_training_args(args):
 def check_output_dir(args):
     """Make --output_dir, and refuse one that holds a run unless that run is to be resumed: nothing is overwritten."""
     folder = writable_folder(args.output_dir, "--output_dir")
-    if not args.resume_from_checkpoint and (any_checkpoint(folder) or (folder / LORA_FILE).exists()):
+    if not args.resume_from_checkpoint and (checkpoint.any_checkpoint(folder) or (folder / LORA_FILE).exists()):
         raise ValueError(f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint latest, or name "
                          "another folder")
 
@@ -156,7 +159,19 @@ def weight_dtype(accelerator):
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
-def start_run(accelerator, args, step):
+def plan_steps(args, items, num_processes):
+    """Set args.max_train_steps where --num_train_epochs states it; returns the steps between validations. An epoch has
+    ceil(items / global batch) steps. ValueError for fewer items than one step of all processes takes."""
+    global_batch = args.train_batch_size * num_processes
+    if items < global_batch:
+        raise ValueError(f"{items} usable images are fewer than --train_batch_size {args.train_batch_size} x "
+                         f"{num_processes} processes; lower it or add images")
+    steps_per_epoch = math.ceil(items / (global_batch * args.gradient_accumulation_steps))
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    return args.validation_steps or args.validation_epochs * steps_per_epoch
+
+
+def start_run(accelerator, args, step, project):
     """Write args.json, open the trackers, and cut metrics.jsonl back to `step`, the step that is resumed from."""
     if not accelerator.is_main_process:
         return
@@ -167,7 +182,7 @@ def start_run(accelerator, args, step):
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         log_file.write_text("".join(line + "\n" for line in kept))
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_args(args).items()}
-    accelerator.init_trackers("flux-kontext-restoration", config=config)
+    accelerator.init_trackers(project, config=config)
 
 
 def log_metrics(accelerator, output_dir, values, step):
@@ -236,30 +251,38 @@ def set_optimizer_mode(optimizer, training):
         inner.train() if training else inner.eval()
 
 
-def identity(args, settings, items, num_processes):
+def identity(args, settings, items, num_processes, more=()):
     """What a resumed run must have in common with the one it resumes, or its data, its optimizer state or the settings
-    stored in the LoRA file would not fit."""
+    stored in the LoRA file would not fit. more: names of options that only this script has."""
     names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
              "lr_scheduler", "seed", "train_batch_size", "gradient_accumulation_steps", "weighting_scheme",
-             "degradation_types", "degradation_preset", "aspect_ratio_buckets"]
-    return settings | {name: getattr(args, name) for name in names} | {"images": items, "processes": num_processes}
+             "aspect_ratio_buckets", *more]
+    return settings | {name: getattr(args, name) for name in names} | {
+        "images": items, "processes": num_processes, "state_format": 2}  # 2: as collect_state nests it
 
 
-def collect_state(transformer, optimizer, lr_scheduler, ema):
+def resume(args, identity):
+    """(step, state) of the checkpoint that --resume_from_checkpoint names, or (0, None) for a new run."""
+    path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
+    return checkpoint.load(path, identity) if path else (0, None)
+
+
+def collect_state(models, optimizer, lr_scheduler, ema):
     """All that training carries from step to step, as a nested dict for checkpoint.save. No random state is among it:
-    every draw comes from an item's own generator."""
-    return {"lora": state_dict(transformer), "optimizer": optimizer.state_dict(),
+    every draw comes from an item's own generator. models: {name: model with a LoRA}."""
+    return {"lora": {name: state_dict(model) for name, model in models.items()}, "optimizer": optimizer.state_dict(),
             "lr_scheduler": lr_scheduler.state_dict(), "ema": ema.state_dict() if ema else None}
 
 
-def load_state(state, transformer, optimizer, lr_scheduler, ema):
+def load_state(state, models, optimizer, lr_scheduler, ema):
     """Put the state of checkpoint.load back, before accelerator.prepare."""
-    load_state_dict(transformer, state["lora"])
+    for name, model in models.items():
+        load_state_dict(model, state["lora"][name])
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if ema:
         ema.load_state_dict(state["ema"])
-        ema.to(next(transformer.parameters()).device)  # unlike an optimizer it stays where its state was read
+        ema.to(next(model.parameters()).device)  # unlike an optimizer it stays where its state was read
 
 
 def report_skipped(skipped, output_dir, what):
@@ -280,6 +303,51 @@ def log_image(accelerator, name, path, step):
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: np.asarray(Image.open(path))[None]}, step=step, **layout)
+
+
+class Progress:
+    """The progress bar, and what is reported of the steps since the last report. Every number read back waits for the
+    device, so losses are summed there, and a report comes only now and then."""
+
+    def __init__(self, accelerator, args, step):
+        self.output_dir, self.accumulation = args.output_dir, args.gradient_accumulation_steps
+        self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process,
+                        desc="training", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+        self.restart()
+
+    def restart(self):
+        self.summed, self.steps, self.skipped, self.waited = {}, 0, [], 0.0
+        self.started = time.perf_counter()
+
+    def next_batch(self, batches):
+        """The next one; what it took counts as waiting for data, and its "skipped" files are noted."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.skipped += sum(batch["skipped"], [])
+        return batch
+
+    def add(self, losses):
+        """Losses of one micro-step, {name: scalar tensor}."""
+        for name, value in losses.items():
+            self.summed[name] = self.summed.get(name, 0.0) + value.detach() / self.accumulation
+
+    def step(self):
+        self.steps += 1
+        self.bar.update()
+
+    def report(self, accelerator, step, gradient_norm, lr_scheduler):
+        """Means over all ranks and the steps since the last report, to metrics.jsonl, trackers and the bar."""
+        means = {f"loss/{name}": accelerator.reduce(value / self.steps, "mean").item()
+                 for name, value in self.summed.items()}
+        log_metrics(accelerator, self.output_dir, means | {
+            "gradient_norm": gradient_norm.item(), "lr": lr_scheduler.get_last_lr()[0],
+            "seconds_per_step": (time.perf_counter() - self.started) / self.steps,
+            "data_seconds_per_step": self.waited / self.steps,
+        }, step)
+        self.bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+        report_skipped(self.skipped, self.output_dir, "replaced")
+        self.restart()
 
 
 class StopSignal:
@@ -305,6 +373,14 @@ class StopSignal:
         noted = torch.tensor(self.received or 0)
         torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(noted) or None
+
+
+def stopped(accelerator, progress, step, number):
+    """Close a run that signal `number` ended after `step`, whose checkpoint is saved; returns the exit code."""
+    progress.bar.close()
+    logger.warning(f"stopped by signal {number} after step {step}; go on with --resume_from_checkpoint latest")
+    accelerator.end_training()
+    return 128 + number
 
 
 class FiniteGuard:
