@@ -28,6 +28,7 @@ KERNELS = {
 }
 # Streams of one item's randomness: one that is drawn from more or less often leaves the others alone.
 GEOMETRY_STREAM, DEGRADATION_STREAM, TRAINING_STREAM, ORDER_STREAM, IDENTITY_STREAM, HELDOUT_STREAM = range(6)
+CAPTION_STREAM, CLASS_GEOMETRY_STREAM, CLASS_TRAINING_STREAM = range(6, 9)
 MAX_RETRIES = 32
 
 
@@ -40,9 +41,9 @@ def item_rng(seed, epoch, index, stream=GEOMETRY_STREAM):
     return np.random.default_rng(_entropy(seed, epoch, index, stream))
 
 
-def item_seed(seed, epoch, index):
+def item_seed(seed, epoch, index, stream=TRAINING_STREAM):
     """63-bit seed of the torch generator that draws sigma, noise and VAE sample of this item in training."""
-    return int(_entropy(seed, epoch, index, TRAINING_STREAM).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(_entropy(seed, epoch, index, stream).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def heldout_seed(seed):
@@ -81,7 +82,8 @@ def folder_records(root):
     return [Record(str(path), path) for path in list_images(root)]
 
 
-def _by_stem(root):
+def by_stem(root):
+    """{relative path without extension: path} of the images below a folder. ValueError where two share one."""
     root = Path(root)
     stems = {}
     for path in list_images(root):
@@ -99,8 +101,8 @@ def pair_records(lr_root, hr_root, allow_missing=False):
     for flag, root in (("--lr_root", lr_root), ("--hr_root", hr_root)):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{flag} {root} is not a folder; stored pairs are two folders")
-    targets, controls = _by_stem(hr_root), {}
-    for stem, path in _by_stem(lr_root).items():
+    targets, controls = by_stem(hr_root), {}
+    for stem, path in by_stem(lr_root).items():
         key = stem if stem in targets else re.sub(r"x\d+$", "", stem)
         if key in controls:
             raise ValueError(f"{controls[key]} and {path.name} are both the low-resolution image of {key}; remove one")
@@ -148,9 +150,9 @@ def check_metadata(path):
         raise ValueError(f"{path}: empty; write one JSON object per line")
 
 
-def hub_records(name, config_name=None, image_column=None, cond_image_column=None, caption_column=None):
-    """Records of the training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset.
-    Default columns: target `clean` or `image`; control `degraded`, prompt `prompt` where they exist."""
+def load_table(name, config_name=None):
+    """The training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset. ValueError
+    or FileNotFoundError with the cure."""
     is_local = Path(name).is_dir()
     if is_local:
         for path in sorted(Path(name).rglob("metadata.jsonl")):
@@ -160,28 +162,42 @@ def hub_records(name, config_name=None, image_column=None, cond_image_column=Non
     import datasets
 
     try:
-        table = datasets.load_dataset(str(Path(name).resolve()) if is_local else name, config_name, split="train")
+        return datasets.load_dataset(str(Path(name).resolve()) if is_local else name, config_name, split="train")
     except Exception as error:  # datasets raises many kinds, several of its own
         cure = "check its files" if is_local else "check the name and the network, or give a local folder"
         raise ValueError(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())}); {cure}") from error
 
-    def find_column(flag, wanted, defaults):
-        column = wanted or next((column for column in defaults if column in table.column_names), None)
-        if wanted and wanted not in table.column_names or column is None and "image" in defaults:
-            raise ValueError(f"{flag} {wanted or 'is needed'}: {name} has the columns {', '.join(table.column_names)}")
-        return column
 
-    def cells(column, flag):
-        if not isinstance(table.features[column], datasets.Image):
-            raise ValueError(f"{flag} {column}: not an image column of {name}")
-        images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        return [HubImage(images, row) for row in range(len(table))]
+def find_column(table, name, flag, wanted, defaults=(), is_needed=False):
+    """`wanted`, or the first of `defaults` that the table has, or None. ValueError naming `flag` where `wanted` is not
+    there, or where nothing is and `is_needed`."""
+    column = wanted or next((column for column in defaults if column in table.column_names), None)
+    if wanted and wanted not in table.column_names or column is None and is_needed:
+        raise ValueError(f"{flag} {wanted or 'is needed'}: {name} has the columns {', '.join(table.column_names)}")
+    return column
 
-    image_column = find_column("--image_column", image_column, ("clean", "image"))
-    cond_image_column = find_column("--cond_image_column", cond_image_column, ("degraded",))
-    caption_column = find_column("--caption_column", caption_column, ("prompt",))
-    targets = cells(image_column, "--image_column")
-    controls = cells(cond_image_column, "--cond_image_column") if cond_image_column else [None] * len(table)
+
+def image_cells(table, name, flag, column):
+    """The undecoded images of a column, one HubImage a row. ValueError naming `flag` for another kind of column."""
+    import datasets
+
+    if not isinstance(table.features[column], datasets.Image):
+        raise ValueError(f"{flag} {column}: not an image column of {name}")
+    images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return [HubImage(images, row) for row in range(len(table))]
+
+
+def hub_records(name, config_name=None, image_column=None, cond_image_column=None, caption_column=None):
+    """Records of the training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset.
+    Default columns: target `clean` or `image`; control `degraded`, prompt `prompt` where they exist."""
+    table = load_table(name, config_name)
+    image_column = find_column(table, name, "--image_column", image_column, ("clean", "image"), is_needed=True)
+    cond_image_column = find_column(table, name, "--cond_image_column", cond_image_column, ("degraded",))
+    caption_column = find_column(table, name, "--caption_column", caption_column, ("prompt",))
+    targets = image_cells(table, name, "--image_column", image_column)
+    controls = [None] * len(table)
+    if cond_image_column:
+        controls = image_cells(table, name, "--cond_image_column", cond_image_column)
     prompts = table[caption_column] if caption_column else [None] * len(table)
     return [Record(f"{name}[{row}]", target, control, prompt or None)
             for row, (target, control, prompt) in enumerate(zip(targets, controls, prompts, strict=True))]
@@ -191,6 +207,37 @@ def read(source, max_pixels, name, reader):
     if isinstance(source, Path):
         return reader(source, max_pixels)
     return reader(source.read(name), max_pixels, name)
+
+
+def check_headers(records, check):
+    """(records, [check(record)], [(path, reason)]): what `check` refuses with UnreadableImage is left out and listed
+    last. ValueError when nothing is left."""
+    kept, results, unreadable = [], [], []
+    for record in records:
+        try:
+            results.append(check(record))
+            kept.append(record)
+        except UnreadableImage as error:
+            unreadable.append(error.args)
+    if not kept:
+        path, reason = unreadable[0] if unreadable else ("the source", "no image")
+        raise ValueError(f"none of {len(unreadable)} images can be used, the first: {path}: {reason}")
+    return kept, results, unreadable
+
+
+def load_readable(load, records, index, bucket_of):
+    """(record, load(record), skipped) of the record at `index`, or the next one that loads, those of the same bucket
+    first; skipped: what could not be read, as text. ValueError after MAX_RETRIES of them."""
+    following = [(index + step) % len(records) for step in range(1, len(records))]
+    following.sort(key=lambda place: bucket_of[place] != bucket_of[index])
+    skipped = []
+    for place in [index, *following[:MAX_RETRIES - 1]]:
+        try:
+            return records[place], load(records[place]), skipped
+        except UnreadableImage as error:
+            skipped.append(str(error))
+    raise ValueError(f"{len(skipped)} images in a row could not be loaded, the last: {skipped[-1]}; is the folder "
+                     "still there?")
 
 
 def enlargement(lr_size, hr_size):
@@ -249,18 +296,8 @@ class DegDataset(Dataset):
         self.seed = seed
         self.upscale_kernel = KERNELS[upscale_kernel]
         self.max_pixels = max_pixels
-        self.records, self.sizes, self.unreadable = [], [], []
-        for record in folder_records(source) if isinstance(source, str | Path) else source:
-            try:
-                size = self._check_header(record)
-            except UnreadableImage as error:
-                self.unreadable.append(error.args)
-                continue
-            self.records.append(record)
-            self.sizes.append(size)
-        if not self.records:
-            path, reason = self.unreadable[0] if self.unreadable else ("the source", "no image")
-            raise ValueError(f"none of {len(self.unreadable)} images can be used, the first: {path}: {reason}")
+        records = folder_records(source) if isinstance(source, str | Path) else source
+        self.records, self.sizes, self.unreadable = check_headers(records, self._check_header)
         self.is_paired = any(record.control is not None for record in self.records)
         if degrade is None and not self.is_paired:
             raise ValueError("clean images need a degradation: pass --degradation_types, or pairs with --lr_root")
@@ -296,29 +333,11 @@ class DegDataset(Dataset):
             control = np.array(Image.fromarray(control).resize((width, height), self.upscale_kernel))
         return target, control
 
-    def _candidates(self, index):
-        yield index
-        following = [(index + step) % len(self) for step in range(1, len(self))]
-        following.sort(key=lambda place: self.bucket_of[place] != self.bucket_of[index])
-        yield from following[:MAX_RETRIES - 1]
-
-    def _load_readable(self, index):
-        """The record at `index`, or the next one that loads, those of the same bucket first."""
-        skipped = []
-        for place in self._candidates(index):
-            record = self.records[place]
-            try:
-                return record, self._load(record), skipped
-            except UnreadableImage as error:
-                skipped.append(str(error))
-        raise ValueError(f"{len(skipped)} images in a row could not be loaded, the last: {skipped[-1]}; is the folder "
-                         "still there?")
-
     def __getitem__(self, key):
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record, (target, control), skipped = self._load_readable(index)
+        record, (target, control), skipped = load_readable(self._load, self.records, index, self.bucket_of)
         size = self.buckets[self.bucket_of[index]]
         rng = item_rng(self.seed, epoch, index, GEOMETRY_STREAM)
         place, flip = rng.random(2), rng.random() < 0.5
