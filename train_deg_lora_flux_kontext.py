@@ -51,9 +51,9 @@ def parse_args(argv=None):
     check_perceptual_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
     fixed_crop = args.center_crop and not args.random_flip and len(set(parse_range(args.crop_zoom, "--crop_zoom"))) == 1
-    if args.cache_latents and (not fixed_crop or args.vae_encode_mode == "sample"):
-        raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, one --crop_zoom, "
-                         "no --random_flip and --vae_encode_mode mode")
+    if args.cache_latents and not fixed_crop:
+        raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, one --crop_zoom and no "
+                         "--random_flip")
     run.check_output_dir(args)
     return args
 
@@ -81,7 +81,7 @@ def training_step(pipe, transformer, perceptual, batch, text, args):
 
     with torch.no_grad():
         if args.cache_latents:
-            target = encode_cached(pipe.vae, batch["target"], Path(args.output_dir) / "latent_cache")
+            target = encode_cached(pipe.vae, batch["target"], Path(args.output_dir) / "latent_cache", *vae_noise[:1])
         else:
             target = flux.encode(pipe.vae, batch["target"], *vae_noise[:1])
         control = flux.encode(pipe.vae, batch["control"], *vae_noise[1:])
@@ -170,8 +170,7 @@ def main(args):
                                              extra_images, lpips)
             run.log_metrics(accelerator, args.output_dir, scores, step)
             run.log_image(accelerator, "validation", grid, step)
-            numbers = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
-            tqdm.write(f"step {step}: {numbers}")
+            tqdm.write(f"step {step}: {validation.in_words(scores)}")
         accelerator.wait_for_everyone()
 
     # --- the loop

@@ -15,8 +15,8 @@ def images():
 @pytest.fixture
 def encoded_counts(monkeypatch):
     """Batch sizes of the calls of the real encoder."""
-    counts, encode = [], flux.encode
-    monkeypatch.setattr(cache.flux, "encode", lambda vae, images: counts.append(len(images)) or encode(vae, images))
+    counts, posterior = [], flux.posterior
+    monkeypatch.setattr(cache.flux, "posterior", lambda vae, images: counts.append(len(images)) or posterior(vae, images))
     return counts
 
 
@@ -32,6 +32,15 @@ def test_a_hit_equals_the_encoding_bit_for_bit(tiny_pipe, images, tmp_path, enco
     assert torch.equal(missed, one_by_one) and torch.equal(hit, one_by_one)
     torch.testing.assert_close(hit, flux.encode(tiny_pipe.vae, images), rtol=0, atol=1e-5)
     assert len(list(folder.iterdir())) == 3 and not list(folder.glob("*.tmp"))
+
+
+@torch.no_grad()
+def test_a_cached_posterior_is_sampled_anew_with_each_noise(tiny_pipe, images, tmp_path):
+    noises = torch.randn(2, 3, 16, 4, 6, generator=torch.Generator().manual_seed(1))
+    for noise in noises:
+        torch.testing.assert_close(encode_cached(tiny_pipe.vae, images, tmp_path, noise),
+                                   flux.encode(tiny_pipe.vae, images, noise))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ def test_no_path_of_this_machine_and_no_secret_is_on_the_card(run):
 
 def test_a_run_without_validation_has_a_card_without_a_table(run, tmp_path):
     (tmp_path / "my-lora" / "metrics.jsonl").write_text('{"step": 10, "loss/flow": 0.1}\n')
+    (tmp_path / "my-lora" / "validation" / "step-000010.png").unlink()
     card.write_model_card(run, SETTINGS, images=77)
     text = ModelCard.load(f"{run.output_dir}/README.md").text
     assert "## Validation" not in text and "validation/" not in text and "## Licence" in text

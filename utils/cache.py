@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from utils import flux
 
 
-def encode_cached(vae, images, folder):
-    """flux.encode(vae, images) (the posterior's mean) through the cache in `folder`, made if it is not there.
+def encode_cached(vae, images, folder, noise=None):
+    """flux.encode(vae, images, noise) through the cache of posteriors in `folder`, made if it is not there.
 
     images: (B, 3, H, W) in [-1, 1]. Missing entries are encoded one by one and written by rename, so that processes
     can share the folder and an interrupted write leaves nothing half."""
@@ -21,25 +21,27 @@ def encode_cached(vae, images, folder):
     folder.mkdir(parents=True, exist_ok=True)
     # The first layer tells one VAE's weights from another's in the same layout.
     config = repr(sorted(vae.config.items())).encode() + next(vae.parameters()).float().cpu().numpy().tobytes()
-    latents = []
+    entries = []
     for image in images:
         key = hashlib.blake2b(config, digest_size=20)
-        key.update(str((tuple(image.shape), vae.dtype)).encode())
+        key.update(str(("posterior", tuple(image.shape), vae.dtype)).encode())
         key.update(image.cpu().contiguous().numpy())
         path = folder / f"{key.hexdigest()}.safetensors"
         entry = read_entry(path)
         if entry is None:
-            entry = flux.encode(vae, image[None]).cpu()
+            mean, std = flux.posterior(vae, image[None].to(next(vae.parameters()).device))
+            entry = {"mean": mean.cpu(), "std": std.cpu()}
             scratch = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"latents": entry}, scratch)
+            save_file(entry, scratch)
             os.replace(scratch, path)
-        latents.append(entry)
-    return torch.cat(latents).to(images.device)
+        entries.append(entry)
+    mean, std = (torch.cat([entry[name] for entry in entries]).to(images.device) for name in ("mean", "std"))
+    return mean if noise is None else mean + std * noise.to(mean)
 
 
 def read_entry(path):
-    """The latents in `path`, or None if it is not there or not whole (it is then made again)."""
+    """The posterior in `path`, {"mean", "std"}, or None if it is not there or not whole (it is then made again)."""
     try:
-        return load_file(path)["latents"]
+        return load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None

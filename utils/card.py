@@ -7,22 +7,51 @@ KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/b
 
 
 def write_model_card(args, settings, images):
-    """Write output_dir/README.md: what the LoRA does, the command to use it, validation numbers and pictures."""
+    """Write output_dir/README.md of a restoration LoRA."""
+    damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
+    damage = "on stored pairs" if args.lr_root else damage
+    model = f"/path/to/{folder_name(args.base_model_id)}"
+    write_card(
+        args, settings, f"Restoration LoRA for {args.base_model_id}",
+        f"Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, "
+        f"{damage}.",
+        f"""python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path {model} \\
+    --lora {Path(args.output_dir).name} --input photo.jpg --output restored""",
+        "Means over held-out images; psnr_vae: the autoencoder's round trip, the ceiling.",
+        "image-to-image", ["image-restoration"])
+
+
+def write_dreambooth_card(args, settings, images):
+    """Write output_dir/README.md of a subject or edit LoRA."""
+    is_edit = settings["references"] > 0
+    image = " --image photo.jpg" if is_edit else ""
+    model = f"/path/to/{folder_name(args.base_model_id)}"
+    write_card(
+        args, settings, f"{'Edit' if is_edit else 'Subject'} LoRA for {args.base_model_id}",
+        f"Trained on {images} images {'with their references ' * is_edit}for {args.max_train_steps} steps, seed "
+        f"{args.seed}.",
+        f"""python -m scripts.test_kontext_withlora --pretrained_model_name_or_path {model} \\
+    --lora {Path(args.output_dir).name}{image} --prompt "{settings['prompt']}" --output generated""",
+        "Means over held-out images; psnr_input: doing nothing; psnr_vae: the autoencoder's ceiling." if is_edit else
+        "nearest_instance: distance of generated images to the nearest training image, as thumbnails, in 8-bit levels; "
+        "step 0 is the base model.",
+        "image-to-image" if is_edit else "text-to-image", ["image-editing" if is_edit else "dreambooth"])
+
+
+def write_card(args, settings, title, about, command, about_scores, pipeline_tag, tags):
+    """Write output_dir/README.md: title, what the LoRA does, the command to use it, validation numbers and pictures."""
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(args.output_dir)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     results = [row for row in map(json.loads, lines) if any(key.startswith("validation/") for key in row)]
-    damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
-    damage = "on stored pairs" if args.lr_root else damage
-    text = f"""# Restoration LoRA for {args.base_model_id}
+    text = f"""# {title}
 
-Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, {damage}.
+{about}
 The settings that sampling needs are stored in the file and read back.
 
 ```bash
-python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/{folder_name(args.base_model_id)} \\
-    --lora {folder.name} --input photo.jpg --output restored
+{command}
 ```
 
 | setting | value |
@@ -31,18 +60,17 @@ python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path /path/to/{f
 """
     if results:
         names = [key for key in results[-1] if key.startswith("validation/")]
-        text += "\n## Validation\nMeans over held-out images; psnr_vae: the autoencoder's round trip, the ceiling.\n\n"
+        text += f"\n## Validation\n{about_scores}\n\n"
         text += f"| step | {' | '.join(name.split('/')[1] for name in names)} |\n|{'---|' * (len(names) + 1)}\n"
         text += table_rows([row["step"], *("" if row.get(name) is None else f"{row[name]:.4g}" for name in names)]
                            for row in results)
-        picture = f"validation/step-{results[-1]['step']:06d}.png"
-        if (folder / picture).is_file():
-            text += f"\n\n![input, restored, target]({picture})\n"
+    picture = f"validation/step-{results[-1]['step'] if results else args.max_train_steps:06d}.png"
+    if (folder / picture).is_file():
+        text += f"\n\n![validation]({picture})\n"
     text += f"\n## Licence\nThe base model's: for FLUX.1-Kontext-dev the [non-commercial licence]({KONTEXT_LICENCE}).\n"
     data = ModelCardData(license="other", license_link=KONTEXT_LICENCE, base_model=args.base_model_id,
-                         library_name="diffusers", pipeline_tag="image-to-image", instance_prompt=args.instance_prompt,
-                         tags=["image-to-image", "image-restoration", "diffusers", "lora", "flux", "flux-kontext",
-                               "template:sd-lora"])
+                         library_name="diffusers", pipeline_tag=pipeline_tag, instance_prompt=settings["prompt"],
+                         tags=[pipeline_tag, *tags, "diffusers", "lora", "flux", "flux-kontext", "template:sd-lora"])
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
 
 

@@ -21,6 +21,17 @@ SMALLEST_BRIDGE_POSITION = 1e-3  # with bridge noise the velocity's noise term g
 TABLE_SIZE = 1000  # noise levels of FLUX's training table, sigma = 1/1000 ... 1
 
 
+def add_density_args(group):
+    """How noise levels are drawn and weighted in training."""
+    group.add_argument("--weighting_scheme", default="none",
+                       choices=["none", "uniform", "sigma_sqrt", "logit_normal", "mode", "cosmap"],
+                       help="density of s (uniform, logit_normal, mode) or loss weight (sigma_sqrt, cosmap); "
+                            "none = uniform density, weight 1")
+    group.add_argument("--logit_mean", type=float, default=0.0, help="mean of the logit_normal density")
+    group.add_argument("--logit_std", type=float, default=1.0, help="standard deviation of the logit_normal density")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="scale of the mode density")
+
+
 def add_flow_args(parser):
     group = parser.add_argument_group("flow")
     group.add_argument("--start_noise", default="1.0",
@@ -31,13 +42,7 @@ def add_flow_args(parser):
     group.add_argument("--train_sigmas", default="table",
                        help="positions s that are trained: table (1000 levels), continuous, or a list such as "
                             "1,0.75,0.5,0.25 (drawn uniformly; sampling then uses those only)")
-    group.add_argument("--weighting_scheme", default="none",
-                       choices=["none", "uniform", "sigma_sqrt", "logit_normal", "mode", "cosmap"],
-                       help="density of s (uniform, logit_normal, mode) or loss weight (sigma_sqrt, cosmap); "
-                            "none = uniform density, weight 1")
-    group.add_argument("--logit_mean", type=float, default=0.0, help="mean of the logit_normal density")
-    group.add_argument("--logit_std", type=float, default=1.0, help="standard deviation of the logit_normal density")
-    group.add_argument("--mode_scale", type=float, default=1.29, help="scale of the mode density")
+    add_density_args(group)
     group.add_argument("--timestep_shift", default="none", choices=["none", "resolution"],
                        help="resolution: shift s towards the start by FLUX's mu(image tokens), in training and, "
                             "below start noise 1, in sampling")

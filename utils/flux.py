@@ -1,6 +1,9 @@
 """FLUX.1 Kontext's parts: load them, encode text and images, predict a velocity. Any folder that stock
 `FluxKontextPipeline.from_pretrained` accepts works; nothing here knows which model it holds."""
 
+import contextlib
+import inspect
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import FluxKontextPipeline
 from diffusers.training_utils import free_memory
+
+from utils import lora
 
 PATCH = 2  # latents are packed 2 x 2 into one token
 
@@ -57,20 +62,48 @@ def model_id(path):
     return Path(path).resolve().name if Path(path).is_dir() else path
 
 
-def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=()):
-    """Stock FluxKontextPipeline without the components named in `skip`. ValueError with the cure where the hub says
+def read_bnb_config(path):
+    """The options in a JSON file for bitsandbytes, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}.
+    ValueError naming the file and what is wrong."""
+    from diffusers import BitsAndBytesConfig
+
+    try:
+        options = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--bnb_quantization_config_path {path}: {error.strerror}; name a JSON file") from error
+    except ValueError as error:
+        raise ValueError(f"--bnb_quantization_config_path {path}: not JSON ({error})") from error
+    known = inspect.signature(BitsAndBytesConfig.__init__).parameters.keys() - {"self", "kwargs"}
+    if not isinstance(options, dict) or options.keys() - known:
+        raise ValueError(f"--bnb_quantization_config_path {path}: write one object with options of BitsAndBytesConfig: "
+                         f"{', '.join(sorted(known))}")
+    if options.get("load_in_4bit", False) == options.get("load_in_8bit", False):
+        raise ValueError(f"--bnb_quantization_config_path {path}: set one of load_in_4bit and load_in_8bit to true")
+    return options
+
+
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=(), bnb_options=None):
+    """Stock FluxKontextPipeline without the components named in `skip`, its transformer quantised by bitsandbytes where
+    `bnb_options` (see read_bnb_config) are given. ValueError with the cure where the hub says
     no: no network, a gated model without a token, a name that does not exist."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     from transformers.utils import logging as transformers_logging
 
     check_model(path)
+    quantization = {}
+    if bnb_options:
+        from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+
+        compute = {"bnb_4bit_compute_dtype": dtype} if bnb_options.get("load_in_4bit") else {}
+        config = BitsAndBytesConfig(**(compute | bnb_options))
+        quantization = {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": config})}
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar a component buries the one that counts
     try:
         return FluxKontextPipeline.from_pretrained(
             path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,
-            **dict.fromkeys(skip),
+            **dict.fromkeys(skip), **quantization,
         )
     except GatedRepoError as error:
         raise ValueError(f"{path} is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN, or "
@@ -91,10 +124,13 @@ OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
 
 
 @torch.no_grad()
-def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, **where):
+def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, lora_file=None, lora_weight=1.0, **where):
     """{prompt: TextEmbeds of batch 1, on the CPU in `dtype`}. Loads the text encoders, and frees them again:
-    T5-XXL in bf16 is 9 GB that training has no use for. where: revision, variant, cache_dir."""
+    T5-XXL in bf16 is 9 GB that training has no use for. lora_file: a LoRA whose part for CLIP, if it has one, is
+    applied at `lora_weight`. where: revision, variant, cache_dir."""
     pipe = load_pipeline(path, dtype, skip=IMAGE_PARTS + OPTIONAL_PARTS, **where).to(device)
+    if lora_file:
+        lora.load_into_text_encoder(pipe.text_encoder, lora_file, lora_weight)
     encoded = {}
     for prompt in dict.fromkeys(prompts):
         states, pooled, _ = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=max_sequence_length)
@@ -102,6 +138,12 @@ def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, **wher
     del pipe
     free_memory()
     return encoded
+
+
+def load_text_encoder(path, device, dtype, **where):
+    """(CLIP's tokenizer, CLIP), frozen, for training a LoRA on it. where: revision, variant, cache_dir."""
+    pipe = load_pipeline(path, dtype, skip=IMAGE_PARTS + OPTIONAL_PARTS + ("tokenizer_2", "text_encoder_2"), **where)
+    return pipe.tokenizer, pipe.text_encoder.to(device).eval().requires_grad_(False)
 
 
 def stack_text(encoded, prompts, device, dtype):
@@ -112,11 +154,25 @@ def stack_text(encoded, prompts, device, dtype):
 
 def load_models(path, device, dtype, **where):
     """The pipeline with only VAE, transformer and scheduler, frozen, in evaluation mode, on `device` in `dtype`
-    (fp32 or bf16: FLUX's VAE overflows fp16). where: revision, variant, cache_dir."""
+    (fp32 or bf16: FLUX's VAE overflows fp16). where: revision, variant, cache_dir, bnb_options."""
     pipe = load_pipeline(path, dtype, skip=TEXT_PARTS + OPTIONAL_PARTS, **where)
     for model in (pipe.vae, pipe.transformer):
-        model.to(device).eval().requires_grad_(False)
+        if not getattr(model, "is_quantized", False):  # bitsandbytes has put it on the GPU already
+            model.to(device)
+        model.eval().requires_grad_(False)
     return pipe
+
+
+@contextlib.contextmanager
+def on_device(model, device, is_offloaded):
+    """Inside, `model` is on `device`; outside, if `is_offloaded`, on the CPU."""
+    if is_offloaded:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if is_offloaded:
+            model.to("cpu")
 
 
 def latent_scale(vae):
@@ -144,19 +200,23 @@ def latent_shape(vae, height_px, width_px):
     return vae.config.latent_channels, height_px // scale, width_px // scale
 
 
-def encode(vae, images, noise=None):
-    """Normalised latents (B, C, h, w) in fp32 of images (B, 3, H, W) in [-1, 1].
-
-    The posterior's mean; with `noise` (B, C, h, w) standard normal, a draw from it. A VAE without a posterior
-    (AutoencoderTiny) gives its latents either way."""
+def posterior(vae, images):
+    """(mean, standard deviation) of the normalised latents, each (B, C, h, w) in fp32, of images (B, 3, H, W) in
+    [-1, 1]. A VAE without a posterior (AutoencoderTiny) has the deviation 0."""
     encoded = vae.encode(images.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
-        latents = encoded.latent_dist.mean
-        if noise is not None:
-            latents = latents + encoded.latent_dist.std * noise.to(latents)
+        mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     else:
-        latents = encoded.latents
-    return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        mean = encoded.latents.float()
+        std = torch.zeros_like(mean)
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+def encode(vae, images, noise=None):
+    """Normalised latents (B, C, h, w) in fp32 of images (B, 3, H, W) in [-1, 1]: the posterior's mean, or with `noise`
+    (B, C, h, w) standard normal a draw from it."""
+    mean, std = posterior(vae, images)
+    return mean if noise is None else mean + std * noise.to(mean)
 
 
 def decode(vae, latents):

@@ -1,9 +1,17 @@
 """Generate images with Kontext: from text alone, or by editing one or several reference images."""
 
+import hashlib
+import os
+
 import torch
+from tqdm import tqdm
 
 from utils import flux
-from utils.restore import draw_noise, pad_to_multiple, sample_latents
+from utils.restore import STOCK_SETTINGS, draw_noise, pad_to_multiple, sample_latents
+from utils.utils import to_pil
+
+CLASS_GUIDANCE = 3.5  # stock Kontext's default, with which the official script makes class images
+CLASS_STEPS = 28
 
 
 @torch.no_grad()
@@ -20,3 +28,24 @@ def generate(pipe, text, references, settings, steps, height, width, seeds):
                for image in references]
     z = sample_latents(pipe, draw_noise(shape, seeds).to(device), latents, text.expand(batch), settings, steps)
     return flux.decode(pipe.vae, z)[..., :height, :width].clamp(-1, 1)
+
+
+def generate_class_images(path, prompt, files, side_px, batch_size, seed, device, dtype, max_sequence_length,
+                          **where):
+    """Generate the class images `files`, side_px square PNGs, with the base model at `path`; each is written by rename
+    and is a function of its name, `prompt` and `seed` alone. where: revision, variant, cache_dir."""
+    if not files:
+        return
+    text = flux.encode_prompts(path, [prompt], device, dtype, max_sequence_length, **where)[prompt].to(device, dtype)
+    pipe = flux.load_models(path, device, dtype, **where)
+    settings = STOCK_SETTINGS | {"guidance_scale": CLASS_GUIDANCE}
+    for i in tqdm(range(0, len(files), batch_size), desc="class images", unit="batch", disable=None):
+        names = files[i:i + batch_size]
+        seeds = [int.from_bytes(hashlib.blake2b(f"{seed} {file.name}".encode(), digest_size=7).digest())
+                 for file in names]
+        images = generate(pipe, text, [], settings, CLASS_STEPS, side_px, side_px, seeds)
+        for file, image in zip(names, images, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_name(f".{file.name}.tmp")
+            to_pil(image).save(scratch, "PNG")
+            os.replace(scratch, file)

@@ -1,11 +1,11 @@
-"""LoRA on the transformer: attach, check, save, load. The file is diffusers' own format, so stock
+"""LoRA on the transformer, and on CLIP: attach, check, save, load. The file is diffusers' own format, so stock
 `FluxKontextPipeline.load_lora_weights` reads it; the settings that sampling needs ride in its header."""
 
 import contextlib
 import json
-import logging
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SETTINGS_KEY = "kontext_restoration_settings"  # a key of our own: inside diffusers' own it would break stock loading
+LORA_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "alpha")
+CLIP_LAYER = re.compile(r"text_encoder\.(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 DEFAULT_LAYERS = [
     "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0",
     "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
 ]  # fmt: skip  # the official Kontext script's default
+CLIP_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # likewise
 
 
 def add_lora_args(parser):
@@ -48,8 +51,9 @@ def check_lora_args(args):
         raise ValueError(f"--ema_decay {args.ema_decay}: give more than 0 and less than 1")
 
 
-def attach(transformer, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, use_rslora=False, seed=0):
-    """Add a fresh LoRA named "default" with fp32 masters; returns its parameters, in a fixed order.
+def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, use_rslora=False, seed=0):
+    """Add a fresh LoRA named "default" with fp32 masters to a transformer or CLIP; returns its parameters, in a fixed
+    order.
 
     layers: list of module names or comma text; ValueError when one matches nothing. The LoRA starts as no change
     (A normal, B zero), and its A is drawn from `seed` whatever was drawn before."""
@@ -57,39 +61,39 @@ def attach(transformer, rank, alpha=None, dropout=0.0, layers=None, use_dora=Fal
     from peft import LoraConfig
 
     layers = [name.strip() for name in layers.split(",") if name.strip()] if isinstance(layers, str) else layers
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for layer in layers or []:
         if not any(name == layer or name.endswith("." + layer) for name in names):
-            raise ValueError(f"--lora_layers {layer}: the transformer has no such linear layer; it has, for example, "
+            raise ValueError(f"--lora_layers {layer}: the model has no such linear layer; it has, for example, "
                              f"{', '.join(sorted({n.split('.', 2)[-1] for n in names})[:8])}")
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, init_lora_weights="gaussian",
                         target_modules=layers or DEFAULT_LAYERS, use_dora=use_dora, use_rslora=use_rslora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(config)
-    cast_training_params(transformer, torch.float32)
-    return parameters(transformer)
+        model.add_adapter(config)
+    cast_training_params(model, torch.float32)
+    return parameters(model)
 
 
-def parameters(transformer):
+def parameters(model):
     """The LoRA's parameters in module order."""
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def state_dict(transformer):
+def state_dict(model):
     """The LoRA's tensors by peft's names, detached."""
     from peft.utils import get_peft_model_state_dict
 
-    return {name: value.detach() for name, value in get_peft_model_state_dict(transformer).items()}
+    return {name: value.detach() for name, value in get_peft_model_state_dict(model).items()}
 
 
-def load_state_dict(transformer, tensors):
+def load_state_dict(model, tensors):
     """Put `tensors` (from state_dict) into the attached LoRA, every one of them."""
     from peft.utils import set_peft_model_state_dict
 
-    if differing := sorted(tensors.keys() ^ state_dict(transformer).keys()):  # peft passes over missing ones
+    if differing := sorted(tensors.keys() ^ state_dict(model).keys()):  # peft passes over missing ones
         raise ValueError(f"LoRA weights do not fit this model: {differing[0]} is on one side only")
-    set_peft_model_state_dict(transformer, tensors, "default")
+    set_peft_model_state_dict(model, tensors, "default")
 
 
 def make_ema(lora_parameters, decay):
@@ -113,21 +117,23 @@ def averaged(ema, lora_parameters):
         ema.restore(lora_parameters)
 
 
-def save(transformer, folder, settings):
+def save(transformer, folder, settings, text_encoder=None):
     """Write folder/pytorch_lora_weights.safetensors in one rename; returns its path.
 
     diffusers' writer makes the tensors and its own header (with rank and alpha); `settings`, a JSON-safe dict, is
-    added under SETTINGS_KEY."""
+    added under SETTINGS_KEY. text_encoder: CLIP, where it has a LoRA too."""
     from diffusers import FluxKontextPipeline
     from diffusers.training_utils import _collate_lora_metadata
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
-        metadata = _collate_lora_metadata({"transformer": transformer})
+        models = {"transformer": transformer} | ({"text_encoder": text_encoder} if text_encoder else {})
+        metadata = _collate_lora_metadata(models)
         for config in metadata.values():  # sets have no order: sort, or equal runs write unequal files
             config.update({key: sorted(value) for key, value in config.items() if isinstance(value, set)})
-        FluxKontextPipeline.save_lora_weights(scratch, transformer_lora_layers=state_dict(transformer), **metadata)
+        FluxKontextPipeline.save_lora_weights(
+            scratch, **{f"{name}_lora_layers": state_dict(model) for name, model in models.items()}, **metadata)
         written = Path(scratch) / LORA_FILE
         with safe_open(written, "pt") as file:
             header = file.metadata() | {SETTINGS_KEY: json.dumps(settings, sort_keys=True)}
@@ -176,53 +182,76 @@ def read_settings(path):
         raise ValueError(f"{path}: its {SETTINGS_KEY} is not JSON ({error}); copy it again") from error
 
 
-def check(path, transformer):
-    """Refuse a LoRA file that does not fit `transformer`, which diffusers would load in silence: foreign keys, half
-    a pair, wrong shapes, non-finite numbers, rank in both encodings. ValueError names the file and the first fault."""
+def faults(path, transformer):
+    """Every fault of a LoRA file for `transformer`, one line each that names the file: foreign keys, half a pair, wrong
+    shapes, non-finite numbers, alpha in both encodings. diffusers would load them in silence.
+
+    CLIP layers (text_encoder.) are judged by name and rank alone, as the text encoder is not at hand. ValueError where
+    the file cannot be read at all: missing, a pickle, cut off."""
     path = find_file(path)
     read_settings(path)
     tensors = load_file(path)
-    shapes = {name: tuple(module.weight.shape) for name, module in transformer.named_modules()
+    with safe_open(path, "pt") as file:
+        alpha_in_header = "lora_adapter_metadata" in (file.metadata() or {})
+    if any(key.startswith("lora_unet_") for key in tensors):
+        yield f"{path} has kohya's keys; run python -m scripts.lora_tool convert FILE --to diffusers --output OUT first"
+        return
+    shapes = {f"transformer.{name}": tuple(module.weight.shape) for name, module in transformer.named_modules()
               if isinstance(module, torch.nn.Linear)}
-    prefix = "transformer."
     pairs = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; the training that wrote it had diverged")
-        if key.endswith(".alpha"):
-            with safe_open(path, "pt") as file:
-                if "lora_adapter_metadata" in (file.metadata() or {}):
-                    raise ValueError(f"{path} states alpha twice, in its header and in {key}; export it again")
-            continue
-        module, _, part = key.removeprefix(prefix).rpartition(".lora_")
-        if not key.startswith(prefix) or module not in shapes:
-            raise ValueError(f"{path}: {key} does not belong to this transformer; was it trained for another model?")
-        pairs.setdefault(module, {})[part.removesuffix(".weight")] = tuple(tensor.shape)
-    if not pairs:
-        raise ValueError(f"{path} holds no LoRA weights for a transformer")
+            yield f"{path}: {key} holds NaN or infinity; the training that wrote it had diverged"
+        module, _, part = key.removesuffix(".weight").rpartition(".")
+        if (module not in shapes and not CLIP_LAYER.fullmatch(module)) or part not in LORA_PARTS:
+            yield f"{path}: {key} does not belong to this transformer; was it trained for another model?"
+        elif part != "alpha":
+            pairs.setdefault(module, {})[part] = tuple(tensor.shape)
+        elif alpha_in_header:
+            yield f"{path} states alpha twice, in its header and in {key}; export it again"
+    if not any(module in shapes for module in pairs):
+        yield f"{path} holds no LoRA weights for a transformer"
     for module, pair in pairs.items():
-        if not {"A", "B"} <= pair.keys():
-            raise ValueError(f"{path}: {module} has lora_{min(pair)} without its partner; the file is incomplete")
-        (rows, columns), rank = shapes[module], pair["A"][:1]
-        if (pair["A"], pair["B"]) != ((*rank, columns), (rows, *rank)):
-            raise ValueError(f"{path}: {module} has shapes {pair['A']} and {pair['B']}, the model's layer is "
-                             f"{rows} x {columns}; was it trained for another model?")
+        if not {"lora_A", "lora_B"} <= pair.keys():
+            yield f"{path}: {module} has {min(pair)} without its partner; the file is incomplete"
+            continue
+        rows, columns = shapes.get(module, ((*pair["lora_B"], 0)[0], (0, *pair["lora_A"])[-1]))
+        rank = pair["lora_A"][:1]
+        if (pair["lora_A"], pair["lora_B"]) != ((*rank, columns), (rows, *rank)):
+            yield (f"{path}: {module} has shapes {pair['lora_A']} and {pair['lora_B']}, the model's layer is "
+                   f"{rows} x {columns}; was it trained for another model?")
+
+
+def check(path, transformer):
+    """Refuse a LoRA file that does not fit `transformer`: ValueError with the first of its faults."""
+    for fault in faults(path, transformer):
+        raise ValueError(fault)
+
+
+def read(path):
+    """(tensors, alphas or None, adapter metadata or None) of a LoRA file, in diffusers' layout whatever its own."""
+    from diffusers import FluxKontextPipeline
+
+    path = find_file(path)
+    return FluxKontextPipeline.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True,
+                                               return_alphas=True, return_lora_metadata=True)
 
 
 def load(pipe, path, weight=1.0):
-    """Load a checked LoRA file into a pipeline under the name "restoration", at `weight`."""
-    path = find_file(path)
+    """Load the transformer's part of a checked LoRA file into a pipeline under the name "restoration", at `weight`."""
     check(path, pipe.transformer)
-    # The text encoder is gone by now and the file has no keys for it, which diffusers would warn of.
-    diffusers_logger = logging.getLogger("diffusers.loaders.lora_base")
-    diffusers_logger.addFilter(is_about_more_than_text)
-    try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="restoration",
-                               use_safetensors=True)
-    finally:
-        diffusers_logger.removeFilter(is_about_more_than_text)
+    tensors, alphas, metadata = read(path)
+    pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name="restoration", metadata=metadata,
+                                    _pipeline=pipe)
     pipe.set_adapters("restoration", weight)
 
 
-def is_about_more_than_text(record):
-    return "prefix='text_encoder'" not in record.getMessage()
+def load_into_text_encoder(text_encoder, path, weight=1.0):
+    """Load CLIP's part of a LoRA file into it, at `weight`; most files have none, and nothing happens then."""
+    from diffusers import FluxKontextPipeline
+
+    tensors, alphas, metadata = read(path)
+    if any(key.startswith("text_encoder.") for key in tensors):
+        FluxKontextPipeline.load_lora_into_text_encoder(
+            tensors, alphas, text_encoder, prefix="text_encoder", lora_scale=weight, adapter_name="restoration",
+            metadata=metadata)

@@ -1,5 +1,6 @@
 """Restore images with the settings that the LoRA was trained with."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +84,17 @@ def schedule(settings, steps, image_tokens, scheduler, start_noise):
     mu = fm.resolution_mu(image_tokens) if settings["timestep_shift"] == "resolution" else None
     positions = fm.sampling_positions(steps, settings["train_sigmas"], mu)
     return positions, [s * (start_noise or 1) for s in positions]
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Inside, the model is in evaluation mode; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def draw_noise(shape, seeds):

@@ -76,6 +76,35 @@ def add_optimizer_args(parser):
     group.add_argument("--prodigy_safeguard_warmup", type=true_or_false, default=True, help="Prodigy's option")
 
 
+OBSOLETE = {
+    "--local_rank": "torchrun and accelerate launch tell every process which one it is",
+    "--enable_npu_flash_attention": "PyTorch's own attention is used on every device",
+    "--upcast_before_saving": "the LoRA is fp32 all along, and so is its file",
+}
+
+
+def add_obsolete_args(parser):
+    """Options of the official script that make no sense here: accepted, so that its command lines run."""
+    group = parser.add_argument_group("accepted, without effect")
+    for flag, reason in OBSOLETE.items():
+        options = {"type": int} if flag == "--local_rank" else {"action": "store_true", "default": None}
+        group.add_argument(flag, help=reason, **options)
+
+
+def replace_obsolete(args):
+    """Say what replaces the options that were given for nothing, and replace those that FLUX cannot take."""
+    for flag, reason in OBSOLETE.items():
+        if getattr(args, flag.removeprefix("--")) is not None:
+            print(f"{flag} does nothing: {reason}", flush=True)
+    for name in ("mixed_precision", "prior_generation_precision"):
+        if getattr(args, name) == "fp16":
+            print(f"--{name} fp16: FLUX overflows in fp16, so bf16 is used", flush=True)
+            setattr(args, name, "bf16")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        print(f"--use_8bit_adam does nothing: --optimizer {args.optimizer} has no 8-bit form", flush=True)
+        args.use_8bit_adam = False
+
+
 def true_or_false(text):
     """argparse type: the official script's `type=bool` takes every text, 'False' too, for true."""
     if text.lower() in ("true", "1", "yes", "false", "0", "no"):
