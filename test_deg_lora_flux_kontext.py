@@ -10,14 +10,10 @@ its size, in 8 bits, with its ICC profile and EXIF; an alpha channel is carried 
 LoRA's training size is restored in overlapping tiles."""
 
 import argparse
-import contextlib
 import itertools
-import math
-import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import KERNELS, folder_records, heldout_seed, item_seed, pair_records, to_tensor
@@ -25,12 +21,11 @@ from my_dataset.degradations import add_degradation_args, degrader_from_args
 from my_dataset.images import MAX_PIXELS, load_image, save_image
 from my_dataset.outputs import is_done, plan_outputs, sidecar_path
 from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm, load_pairs
-from utils import flow_matching as fm
-from utils import flux, lora, metrics
+from utils import metrics
 from utils.checkpoint import sha256
-from utils.color import COLOR_FIXES, color_fix
+from utils.failures import report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
-from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
+from utils.restore import STOCK_SETTINGS
 from utils.score import (
     DEFINITIONS,
     GRID_LABELS,
@@ -42,18 +37,20 @@ from utils.score import (
     summarise,
     write_scores,
 )
-from utils.tiles import (
-    WHOLE,
-    add_tile_args,
-    check_tile_args,
-    choose_tiling,
-    restore_tiled,
-    round_trip_tiled,
-    tile_options,
-    within_memory,
+from utils.session import (
+    add_restoration_args,
+    by_tiles,
+    check_restoration_args,
+    choose_device,
+    describe_run,
+    load_models,
+    out_of_memory_explained,
+    resolve_settings,
+    restore_image,
+    without_lora,
 )
+from utils.tiles import choose_tiling, round_trip_tiled
 from utils.utils import to_uint8
-from utils.validation import default_steps
 
 NLM_STRENGTHS = (3, 6, 10, 15, 20, 25, 30, 40, 60)
 BILATERAL = tuple(itertools.product((20, 45, 80, 110, 150, 200, 300), (1, 1.5, 2, 3)))  # color in levels, space in px
@@ -63,25 +60,10 @@ FEW_IMAGES = 10  # below, the percentile bootstrap covers the mean clearly less 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    flux.add_model_args(parser)
-    parser.set_defaults(guidance_scale=None, max_sequence_length=None, vae_encode_mode=None)  # the LoRA file's
+    add_restoration_args(parser)
     add = parser.add_argument
-    add("--lora", help="LoRA file, or the folder that holds it; without it the base model alone restores")
-    add("--lora_weight", type=float, default=1.0, help="strength of the LoRA; 0 switches it off")
     add("--output", required=True, help="folder for everything that is written")
-    add("--prompt", help="default: the LoRA file's")
-    add("--num_inference_steps", type=int,
-        help="default: 28 for a LoRA trained at start noise 1; below, 4 or what its list of sigmas allows")
-    add("--start_noise", type=float, help="within the LoRA's trained range; default: its middle")
-    add("--fidelity", type=float, help="instead of --start_noise; 1: the lowest that was trained, closest to the "
-        "image; 0: the highest, which invents most")
-    add("--color_fix", default="off", choices=COLOR_FIXES, help="take colours from the degraded image: its low "
-        "frequencies (wavelet) or its channels' mean and spread (adain); brings back fading, yellowing and darkness")
-    add("--seed", type=int, default=0, help="seed of the noise, and of the degradations in scoring")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, fp32 on the CPU")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="leave out images with more pixels than this")
-    add_tile_args(parser)
 
     add = parser.add_argument_group("restoring degraded images").add_argument
     add("--input", help="image, or folder searched recursively; its structure is mirrored in --output")
@@ -121,124 +103,10 @@ def check_args(args):
         raise ValueError("give either --input (restore degraded images) or --clean (score on clean images)")
     if args.degraded and not args.clean:
         raise ValueError("--degraded needs --clean with the clean images of the pairs")
-    check_least(args, num_images=1, crops_per_image=1, max_pixels=1, num_inference_steps=1)
-    check_scoring_args(args)
-    if args.fidelity is not None and (args.start_noise is not None or not 0 <= args.fidelity <= 1):
-        raise ValueError(f"--fidelity {args.fidelity}: give 0 to 1, without --start_noise, which it stands for")
+    check_least(args, num_images=1, crops_per_image=1, max_pixels=1, max_images=1, crop_px=0, grid_images=0)
     if Path(args.suffix).name != args.suffix:
         raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
-    flux.check_model(args.pretrained_model_name_or_path)
-
-
-def check_scoring_args(args):
-    """Refuse senseless numbers of the options that scoring has here and in bench/restoration.py. ValueError naming the
-    flag."""
-    check_least(args, seed=0, max_images=1, crop_px=0, grid_images=0, max_sequence_length=1)
-    if (args.max_sequence_length or 1) > 512:
-        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
-    for flag in ("lora_weight", "guidance_scale"):
-        if not math.isfinite(getattr(args, flag) or 0):
-            raise ValueError(f"--{flag} {getattr(args, flag)}: give a finite number")
-    check_tile_args(args)
-
-
-def choose_device(args):
-    """(device, dtype) that --device and --dtype ask for. ValueError where the machine has no such thing."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device; use --device cpu, or install its CUDA build")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if args.dtype == "bf16" and device == "cpu":
-        raise ValueError("--dtype bf16 is slow and inexact on a CPU; use --dtype fp32")
-    if args.dtype == "bf16" and not torch.cuda.is_bf16_supported():
-        raise ValueError("--dtype bf16: this GPU has no bf16; use --dtype fp32")
-    dtype = torch.float32 if device == "cpu" or args.dtype == "fp32" else torch.bfloat16
-    return torch.device(device), dtype
-
-
-def resolve_settings(args):
-    """(settings, steps, start noise): the LoRA file's own, or stock Kontext's, with what the command line overrides."""
-    stored = lora.read_settings(args.lora) if args.lora else None
-    if args.lora and stored is None:
-        print(f"warning: {args.lora} holds no sampling settings; it is sampled as stock Kontext is", file=sys.stderr)
-    settings = STOCK_SETTINGS | (stored or {})
-    base, model = settings["base_model"], args.pretrained_model_name_or_path
-    if base and Path(base).name != Path(model).name:
-        print(f"warning: {args.lora} was trained on {base}, and the model is {model}", file=sys.stderr)
-    for name in ("prompt", "guidance_scale", "max_sequence_length", "vae_encode_mode"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    wanted = args.start_noise if args.fidelity is None else fidelity_start_noise(settings, args.fidelity)
-    start_noise = choose_start_noise(settings, wanted)
-    steps = args.num_inference_steps or default_steps(settings)
-    if start_noise < 1:
-        fm.sampling_positions(steps, settings["train_sigmas"])  # refuses steps that were never trained
-    return settings, steps, start_noise
-
-
-@contextlib.contextmanager
-def out_of_memory_explained(what):
-    """Turn CUDA's out-of-memory error into a ValueError with the cure."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise ValueError(f"{what}: out of GPU memory; use --dtype bf16, a smaller --tile, --crop_px in scoring, "
-                         "another GPU, or --device cpu") from error
-
-
-def load_models(args, settings, device, dtype):
-    """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt."""
-    where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
-    path = args.pretrained_model_name_or_path
-    with out_of_memory_explained(path):
-        text = flux.encode_prompts(path, [settings["prompt"]], device, dtype, settings["max_sequence_length"], **where)
-        pipe = flux.load_models(path, device, dtype, **where)
-        if args.lora:
-            lora.load(pipe, args.lora, args.lora_weight)
-    return pipe, flux.stack_text(text, [settings["prompt"]], device, dtype)
-
-
-def by_tiles(run, vae, image, tiling):
-    """(run(tiling), its tile_options), with smaller tiles where memory does not suffice for `image`."""
-    size, multiple = image.shape[-2:], flux.size_multiple(vae)
-    result, used = within_memory(run, tiling, *size, multiple)
-    return result, tile_options(used, *size, multiple)
-
-
-def restore_image(pipe, control, text, settings, steps, seed, start_noise, tiling=WHOLE, color="off"):
-    """(restored image of `control`, its tile_options), both images (1, 3, H, W) in [-1, 1]: in tiles, then `color`, one
-    of COLOR_FIXES. On the CPU. ValueError where the model gives no numbers."""
-
-    def run(tiling):
-        return restore_tiled(pipe, control, text, settings, steps, seed, start_noise, tiling)
-
-    restored, used = by_tiles(run, pipe.vae, control, tiling)
-    return color_fix(restored, control.cpu(), color), used
-
-
-def describe_run(args, settings, steps, start_noise, dtype):
-    """All that a restoration depends on but its input and seed, JSON-safe: for sidecars and metrics.json, which also
-    name the tiles_used of each image: what --tile auto, --tile_overlap and the memory came to."""
-    file = lora.find_file(args.lora) if args.lora else None
-    return {
-        "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
-        "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight},
-        "steps": steps, "sampled_start_noise": start_noise, "dtype": str(dtype), "settings": settings,
-        "tile": args.tile, "tile_overlap": args.tile_overlap, "token_shifts": args.token_shifts,
-        "color_fix": args.color_fix,
-    }
-
-
-def report_failures(failures, folder):
-    """Write failures.json, or remove an old one; name each failure on stderr. Returns the exit code, 1 or 0.
-    failures: [(path, exception)]."""
-    file = Path(folder, "failures.json")
-    file.unlink(missing_ok=True)
-    if failures:
-        write_json(file, [{"input": str(path), "reason": str(error)} for path, error in failures])
-    for path, error in failures:
-        print(f"failed: {path}: {str(error).removeprefix(f'{path}: ')}", file=sys.stderr)
-    return int(bool(failures))
+    check_restoration_args(args)
 
 
 def restore_files(args, settings, steps, start_noise, device, dtype):
@@ -302,18 +170,6 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
     if args.lora:
         yield "lora", *restore(settings, start_noise)
     yield "ceiling", *round_trip(target)
-
-
-@contextlib.contextmanager
-def without_lora(pipe, loaded):
-    """Inside, the base model restores; afterwards, also after an error, the LoRA again, if one is loaded."""
-    if loaded:
-        pipe.disable_lora()
-    try:
-        yield
-    finally:
-        if loaded:
-            pipe.enable_lora()
 
 
 def score_images(args, settings, steps, start_noise, device, dtype):

@@ -24,6 +24,7 @@ from my_dataset.images import load_rgb, save_image
 from utils import flux, metrics, tiles
 from utils.alignment import alignment
 from utils.parse import check_least, run_main
+from utils.session import resolve_settings
 
 PEAK_GB, SHIFT_PX, SCALE_PERCENT, SEAM = 3.0, 0.1, 0.1, 1.1
 
@@ -68,7 +69,7 @@ def main():
         flags = ["--pretrained_model_name_or_path", options.model, "--input", f"{folder}/degraded.png", "--output",
                  f"{folder}/restored", *more]
         args = script.parse_args(flags)
-        settings, steps, start_noise = script.resolve_settings(args)
+        settings, steps, start_noise = resolve_settings(args)
         start = time.perf_counter()
         subprocess.run([sys.executable, script.__file__, *flags], check=True)
         seconds = time.perf_counter() - start

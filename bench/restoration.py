@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import test_deg_lora_flux_kontext as script
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, folder_records, item_rng, item_seed, to_tensor
 from my_dataset.degradations import (
     add_degradation_args,
@@ -40,12 +39,23 @@ from my_dataset.degradations import (
 from my_dataset.images import list_images, load_rgb
 from my_dataset.scored_pairs import crop_boxes, denoise_bilateral, denoise_nlm, load_pairs, unsharp
 from scripts.make_tiny_kontext import HELDOUT_SAMPLES, TRAIN_SAMPLES, load_sample
+from test_deg_lora_flux_kontext import NLM_STRENGTHS as SCORING_STRENGTHS
 from utils import flow_matching as fm
 from utils import flux, lora, metrics
-from utils.parse import make_parser, public_args, run_main, writable_folder, write_json
+from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.restore import choose_start_noise
 from utils.score import DEFINITIONS, ROWS, caption, measure, package_versions, readable, summarise, write_csv
-from utils.tiles import add_tile_args, choose_tiling, round_trip_tiled
+from utils.session import (
+    add_device_args,
+    by_tiles,
+    check_sampling_args,
+    choose_device,
+    describe_run,
+    out_of_memory_explained,
+    resolve_settings,
+    restore_image,
+)
+from utils.tiles import add_tile_args, check_tile_args, choose_tiling, round_trip_tiled
 from utils.utils import image_grid, to_uint8
 
 # By name: what the report says, and what make_degrader gets.
@@ -70,7 +80,7 @@ SETS = {
 }  # fmt: skip
 
 TUNE_IMAGES, TUNE_PX = 8, 192  # at most so many photographs, spread evenly, and the middle of each
-NLM_STRENGTHS = (1, *script.NLM_STRENGTHS)  # 1: as good as none, for sets without noise
+NLM_STRENGTHS = (1, *SCORING_STRENGTHS)  # 1: as good as none, for sets without noise
 BILATERAL = tuple(product((10, 20, 30, 45, 60, 80, 110, 150, 200, 300), (0.7, 1, 1.5, 2, 3, 5)))  # color, space
 UNSHARP = tuple(product((0.1, 0.25, 0.5, 1, 2, 4), (0.7, 1, 2, 3, 5)))  # amount, sigma
 ENLARGEMENTS = ("bicubic", "lanczos")
@@ -123,8 +133,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the degradations and of the models' noise")
     add("--lpips_net", default="alex", choices=sorted(metrics.BACKBONES), help="backbone of LPIPS")
     add("--lpips_backbone", help="its torchvision weight file; default: its place in the torch cache; no LPIPS without")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda, fp32 on the CPU")
+    add_device_args(parser)
     add_tile_args(parser)
     add_degradation_args(parser)
     args = parser.parse_args(argv)
@@ -134,7 +143,9 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what can be refused before a model loads, and turn comma lists into lists. ValueError naming the flag."""
-    script.check_scoring_args(args)
+    check_sampling_args(args)
+    check_least(args, max_images=1, crop_px=0, grid_images=0)
+    check_tile_args(args)
     args.sets = list(dict.fromkeys(parse_words(args.sets, "--sets", (*SETS, "custom"))))
     args.steps = parse_numbers(args.steps, "--steps", int)
     args.base_steps = [] if args.base_steps == "0" else parse_numbers(args.base_steps, "--base_steps", int)
@@ -298,7 +309,7 @@ def make_models(args):
         loras[name] = path
     models, left_out = [], []
     for name, path in loras.items():
-        settings, _, default = script.resolve_settings(
+        settings, _, default = resolve_settings(
             changed(args, lora=path, start_noise=None, fidelity=None, num_inference_steps=None))
         variants = []
         for start_noise, steps in product(args.start_noise, args.steps):
@@ -314,8 +325,7 @@ def make_models(args):
         if not variants:
             raise ValueError(f"no row is left of {left_out[-1]}")
         models.append(Model(path, settings, variants))
-    base = script.resolve_settings(changed(args, lora=None, start_noise=None, fidelity=None,
-                                           num_inference_steps=None))[0]
+    base = resolve_settings(changed(args, lora=None, start_noise=None, fidelity=None, num_inference_steps=None))[0]
     if models:  # and tiles, or the base model would be judged by another task
         shared = ("prompt", "guidance_scale", "max_sequence_length", "resolution")
         base |= {name: models[0].settings[name] for name in shared}
@@ -327,7 +337,7 @@ def load_all(args, models, device, dtype):
     """(pipe, [TextEmbeds of each model]). The text encoders go before the rest comes."""
     path = args.pretrained_model_name_or_path
     where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
-    with script.out_of_memory_explained(path):
+    with out_of_memory_explained(path):
         encoded = {length: flux.encode_prompts(path, [model.settings["prompt"] for model in models
                                                       if model.settings["max_sequence_length"] == length],
                                                device, dtype, length, **where)
@@ -358,10 +368,10 @@ def model_rows(args, pipe, model, text, target, control, seed):
     tiling = choose_tiling(args, model.settings, pipe.vae)
 
     def round_trip(image):
-        return script.by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)[0]
+        return by_tiles(lambda tiling: round_trip_tiled(pipe.vae, image, tiling), pipe.vae, image, tiling)[0]
 
     def restore(steps, start_noise):
-        return script.restore_image(pipe, control, text, model.settings, steps, seed, start_noise, tiling)[0]
+        return restore_image(pipe, control, text, model.settings, steps, seed, start_noise, tiling)[0]
 
     rows = {row: partial(restore, steps, start_noise) for row, steps, start_noise in model.variants}
     if model.lora is None:
@@ -383,7 +393,7 @@ def score_set(args, degraded_set, records, indices, tuned, enlargements, pipe, m
                                                disable=None)):
                 target, control, params = load_pair(records[index], index, degraded_set, args.seed, args.crop_px)
                 for row, make in make_rows(index, target, control, params).items():
-                    with script.out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
+                    with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
                         start = time.perf_counter()
                         image = make()
                         seconds = time.perf_counter() - start
@@ -504,7 +514,7 @@ def choose_metrics(args, smallest_px):
 
 
 def main(args):
-    device, dtype = script.choose_device(args)
+    device, dtype = choose_device(args)
     folder = writable_folder(args.output, "--output")
     models, left_out = make_models(args)
     for line in left_out:
@@ -529,8 +539,8 @@ def main(args):
         "definitions": {key: text for key, text in DEFINITIONS.items() if key.removesuffix("_y") in names
                         or key in ("shift_px", "scale")},
         "left_out": left_out, "machine": describe_machine(device), "versions": package_versions(),
-        "rows": {row: script.describe_run(changed(args, lora=model.lora, color_fix="off"), model.settings, steps,
-                                          start_noise, dtype)
+        "rows": {row: describe_run(changed(args, lora=model.lora, color_fix="off"), model.settings, steps,
+                                   start_noise, dtype)
                  for model in models for row, steps, start_noise in model.variants},
         "arguments": public_args(args), "sets": {},
     }

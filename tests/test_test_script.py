@@ -21,7 +21,7 @@ from my_dataset.scored_pairs import crop_boxes
 from scripts.make_tiny_kontext import load_sample
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
-from utils import lora, restore, score
+from utils import flux, lora, restore, score, session
 from utils.parse import run_main
 
 ORIENTATION, MAKE = 0x0112, 0x010F
@@ -36,11 +36,11 @@ def load_once(load, *args, **where):
 @pytest.fixture(scope="module", autouse=True)
 def models_load_once():
     """Reading the same tiny model a hundred times is most of what a run costs: hand out copies instead."""
-    encode, load = script.flux.encode_prompts, script.flux.load_models
+    encode, load = flux.encode_prompts, flux.load_models
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.flux, "encode_prompts", lambda path, prompts, *args, **where: load_once(
+        patch.setattr(flux, "encode_prompts", lambda path, prompts, *args, **where: load_once(
             encode, path, tuple(prompts), *args, **where))
-        patch.setattr(script.flux, "load_models", lambda *args, **where: copy.deepcopy(load_once(load, *args, **where)))
+        patch.setattr(flux, "load_models", lambda *args, **where: copy.deepcopy(load_once(load, *args, **where)))
         yield
 
 
@@ -97,8 +97,8 @@ def test_start_noise_1_equals_stock_kontext_in_pixels(call, tiny_model, tmp_path
     from diffusers import FluxKontextPipeline
 
     seen = []
-    restore = script.restore_tiled
-    monkeypatch.setattr(script, "restore_tiled", lambda *args: seen.append(restore(*args)) or seen[-1])
+    restore = session.restore_tiled
+    monkeypatch.setattr(session, "restore_tiled", lambda *args: seen.append(restore(*args)) or seen[-1])
     path = write(tmp_path / "a.png")
     flags = ["--prompt", "mend it", "--guidance_scale", "3.5", "--seed", "7", "--dtype", "fp32", "--device", "cpu"]
     assert call("--input", path, *flags, steps=3)[0] == 0
@@ -195,8 +195,8 @@ def test_large_images_are_restored_in_tiles_of_the_trained_size(call, tiny_lora,
     path = write(tmp_path / "a.png", photograph(size=(70, 100)))
     trained = with_settings(tmp_path / "trained", tiny_lora, resolution=48)
     sizes = []
-    decode = script.flux.decode
-    monkeypatch.setattr(script.flux, "decode", lambda vae, z: sizes.append((len(z), *z.shape[2:])) or decode(vae, z))
+    decode = flux.decode
+    monkeypatch.setattr(flux, "decode", lambda vae, z: sizes.append((len(z), *z.shape[2:])) or decode(vae, z))
     results, used = {}, {}
     for name, flags in {"auto": [], "48": ["--tile", 48], "batch": ["--tile", 48, "--tile_batch", 4],
                         "32": ["--tile", 32, "--tile_overlap", 16], "whole": ["--tile", 0],
@@ -369,10 +369,10 @@ def test_gpu_out_of_memory_and_nan_are_failures_with_a_cure(call, tiny_lora, tmp
     def exhaust(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(script, "restore_tiled", exhaust)
+    monkeypatch.setattr(session, "restore_tiled", exhaust)
     code, _, err = call("--input", path)
     assert code == 1 and "48x32 px: out of GPU memory; use --dtype bf16" in err
-    monkeypatch.setattr(script.flux, "load_models", exhaust)
+    monkeypatch.setattr(flux, "load_models", exhaust)
     refused(call("--input", path), "out of GPU memory")
 
 
@@ -687,7 +687,7 @@ def test_config_file_sets_defaults_and_the_command_line_wins(call, tmp_path):
 
 def test_model_options_reach_the_loader(call, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(script.flux, "load_pipeline", lambda path, dtype, **where: seen.append(where) or 1 / 0)
+    monkeypatch.setattr(flux, "load_pipeline", lambda path, dtype, **where: seen.append(where) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("--input", write(tmp_path / "a.png"), "--revision", "abc", "--variant", "fp16", "--cache_dir", "kept")
     assert {key: seen[0][key] for key in ("revision", "variant", "cache_dir")} == {
