@@ -33,7 +33,17 @@ from my_dataset.dataset_deg_paired import (
     read,
     to_tensor,
 )
-from my_dataset.images import EXTENSIONS, MAX_PIXELS, MIN_SIDE_PX, UnreadableImage, image_size, list_images, load_rgb
+from my_dataset.images import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    MIN_SIDE_PX,
+    UnreadableImage,
+    image_size,
+    list_images,
+    load_image,
+    load_rgb,
+)
+from my_dataset.references import reference_tensors
 
 CAPTION_COLUMNS = ("prompt", "text", "caption")
 REFERENCE_MULTIPLE_PX = 16  # FLUX's token; every model here takes it
@@ -297,7 +307,5 @@ def heldout_from_args(args, training):
 
 
 def load_validation_references(args):
-    """The images of --validation_image, each (1, 3, H, W) in [-1, 1], in its own shape at about --resolution^2 px."""
-    images = [load_rgb(path, args.max_pixels) for path in args.validation_image]
-    sizes = [reference_size(*image.shape[:2], args.resolution) for image in images]
-    return [to_tensor(cover_crop(image, size, (0.5, 0.5)))[None] for image, size in zip(images, sizes, strict=True)]
+    """The images of --validation_image, each (1, 3, H, W) in [-1, 1] in its own shape, at most --resolution^2 px."""
+    return reference_tensors([load_image(path, args.max_pixels) for path in args.validation_image], args.resolution)

@@ -16,7 +16,8 @@ def images():
 def encoded_counts(monkeypatch):
     """Batch sizes of the calls of the real encoder."""
     counts, posterior = [], flux.posterior
-    monkeypatch.setattr(cache.flux, "posterior", lambda vae, images: counts.append(len(images)) or posterior(vae, images))
+    monkeypatch.setattr(cache.flux, "posterior",
+                        lambda vae, images: counts.append(len(images)) or posterior(vae, images))
     return counts
 
 

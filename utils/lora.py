@@ -246,6 +246,11 @@ def load(pipe, path, weight=1.0):
     pipe.set_adapters("restoration", weight)
 
 
+def has_text_part(path):
+    """True if the LoRA file holds a part for CLIP."""
+    return any(key.startswith("text_encoder.") for key in read(path)[0])
+
+
 def load_into_text_encoder(text_encoder, path, weight=1.0):
     """Load CLIP's part of a LoRA file into it, at `weight`; most files have none, and nothing happens then."""
     from diffusers import FluxKontextPipeline
