@@ -1,8 +1,9 @@
-"""What our training step costs beside the same step written plainly with diffusers and peft, and whether the loader
-keeps up:  OMP_NUM_THREADS=1 python -m bench.train_step
+"""What our training steps cost, restoration and edit, beside the same step written plainly with diffusers and peft, and
+whether the loader keeps up:  OMP_NUM_THREADS=1 python -m bench.train_step
 
-Both arms run the same numbers on two copies of the model in one process, interleaved, order alternating; medians of
-the paired steps. The plain arm has no guard, no item generators and no Accelerate. Exit code 1 above 1.02."""
+The arms run on the same images on copies of the model in one process, interleaved, order alternating; medians of the
+paired steps. The plain arm has no guard, no item generators and no Accelerate. Exit code 1 where restoration takes
+more than 1.02 of the plain step, or an edit more than 1.02 of restoration."""
 
 import argparse
 import platform
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import FluxKontextPipeline
 
 import train_deg_lora_flux_kontext as script
+import train_dreambooth_lora_flux_kontext as edit_script
 from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import collate_fn, dataset_from_args
 from my_dataset.degradations import degrader_from_args
@@ -76,22 +78,29 @@ def main():
     accelerator = run.make_accelerator(args)
     device, dtype = accelerator.device, run.weight_dtype(accelerator)
     encoded = flux.encode_prompts(options.model, [args.instance_prompt], device, dtype, args.max_sequence_length)
+    edit_args = edit_script.parse_args([
+        "--pretrained_model_name_or_path", options.model, "--guidance_scale", str(args.guidance_scale), "--rank",
+        str(args.rank), "--lora_alpha", str(args.rank), "--output_dir", "outputs/bench-train-step"])
     arms = []
-    for _ in range(2):
+    for _ in range(3):
         pipe = flux.load_models(options.model, device, dtype)
         parameters = lora.attach(pipe.transformer, args.rank, seed=args.seed)
         arms.append((pipe, parameters, run.make_optimizer(parameters, args, 1)))
-    (plain, plain_parameters, plain_optimizer), (pipe, parameters, optimizer) = arms
-    lr_scheduler = run.make_lr_scheduler(optimizer, args)
-    transformer, optimizer = accelerator.prepare(pipe.transformer, optimizer)
-    plain.transformer.train(), transformer.train()
-    guard = run.FiniteGuard()
+    plain, plain_parameters, plain_optimizer = arms.pop()
+    plain.transformer.train()
+    prepared = []
+    for pipe, parameters, optimizer in arms:
+        lr_scheduler = run.make_lr_scheduler(optimizer, args)
+        transformer, optimizer = accelerator.prepare(pipe.transformer, optimizer)
+        transformer.train()
+        prepared.append((pipe, transformer, parameters, optimizer, lr_scheduler, run.FiniteGuard()))
     batches = iter(accelerator.prepare(make_loader(dataset, collate_fn, args)))
     text = flux.stack_text(encoded, [args.instance_prompt] * args.train_batch_size, device, dtype)
 
-    def our_step(batch, step):  # the loop of the training script
+    def our_step(arm, compute, batch, step):  # the loop of the training scripts
+        _, transformer, parameters, optimizer, lr_scheduler, guard = arm
         with accelerator.accumulate(transformer):
-            losses = script.training_step(pipe, transformer, None, batch, text, args)
+            losses = compute(batch)
             accelerator.backward(guard.protect(sum(losses.values()), batch["path"]))
             guard.filter(parameters, args.max_grad_norm, step)
             optimizer.step()
@@ -99,6 +108,15 @@ def main():
         lr_scheduler.step()
         if step % args.logging_steps == 0:
             guard.check(accelerator)
+
+    def restoration(batch):
+        pipe, transformer = prepared[0][:2]
+        return script.training_step(pipe, transformer, None, batch, text, args)
+
+    def edit(batch):
+        pipe, transformer = prepared[1][:2]
+        return edit_script.training_step(pipe, transformer, None, batch | {"references": [batch["control"]]}, text,
+                                         edit_args)
 
     def timed(work):
         if device.type == "cuda":
@@ -109,28 +127,40 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    ours, plainly, waits = [], [], []
-    for step in range(-5, options.steps):
+    times = {"restoration": [], "edit": [], "plain diffusers + peft": []}
+    waits = []
+    for step in range(-6, options.steps):
         start = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - start
-        work = [(ours, lambda: our_step(batch, step + 6)),  # noqa: B023  (called at once)
-                (plainly, lambda: plain_step(plain, plain_optimizer, plain_parameters, batch, text))]  # noqa: B023
-        for times, call in work if step % 2 else work[::-1]:
-            seconds = timed(call)
-            if step >= 0:
-                times.append(seconds)
+        work = [lambda: our_step(prepared[0], restoration, batch, step + 7),  # noqa: B023  (called at once)
+                lambda: our_step(prepared[1], edit, batch, step + 7),  # noqa: B023
+                lambda: plain_step(plain, plain_optimizer, plain_parameters, batch, text)]  # noqa: B023
+        seconds = {}
+        for i in range(3):
+            arm = (i + step) % 3 if step % 2 else (step - i) % 3  # every order comes up
+            seconds[arm] = timed(work[arm])
         if step >= 0:
+            for arm, values in enumerate(times.values()):
+                values.append(seconds[arm])
             waits.append(waited)
-    ratio = statistics.median(a / b for a, b in zip(ours, plainly, strict=True))
-    a, b, wait = (1000 * statistics.median(times) for times in (ours, plainly, waits))
+    medians = {label: 1000 * statistics.median(values) for label, values in times.items()}
+    wait = 1000 * statistics.median(waits)
+
+    def ratio(a, b):
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+    ours, edited = ratio("restoration", "plain diffusers + peft"), ratio("edit", "restoration")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; batch {args.train_batch_size} at "
           f"{args.resolution} px, {args.max_sequence_length} text tokens, {options.steps} steps")
     print("| | median ms per step |\n|---|---|")
-    print(f"| ours | {a:.1f} |\n| plain diffusers + peft | {b:.1f} |\n| waiting for data, one worker | {wait:.2f} |")
-    print(f"median of paired ratios: {ratio:.3f} (at most {LIMIT}); waiting: {100 * wait / a:.1f} % of a step")
-    return int(ratio > LIMIT)
+    for label, value in medians.items():
+        print(f"| {label} | {value:.1f} |")
+    print(f"| waiting for data, one worker | {wait:.2f} |")
+    print(f"medians of paired ratios: restoration / plain {ours:.3f}, edit / restoration {edited:.3f} (at most "
+          f"{LIMIT}); waiting: {100 * wait / medians['restoration']:.1f} % of a step")
+    return int(max(ours, edited) > LIMIT)
 
 
 if __name__ == "__main__":

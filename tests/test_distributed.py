@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_deg_lora_flux_kontext as script
+import train_dreambooth_lora_flux_kontext as dreambooth
 from tests.conftest import PROJECT_ROOT
 from utils import checkpoint
 from utils.lora import LORA_FILE
@@ -32,11 +33,11 @@ def two_processes(flags, tmp_path_factory):
     return folder
 
 
-def launch(flags, folder, *more):
+def launch(flags, folder, *more, script="train_deg_lora_flux_kontext.py"):
     # `accelerate launch --cpu --num_processes 2` runs one process in silence; torchrun runs two.
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543",
-         "train_deg_lora_flux_kontext.py", *flags, "--output_dir", str(folder), *more],
+         script, *flags, "--output_dir", str(folder), *more],
         cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -80,3 +81,31 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks_before_the_end(flags, tmp_pa
     assert process.wait(60) != 0
     (step, path), = checkpoint.list_checkpoints(out)
     assert step >= 1 and checkpoint.fault(path) is None
+
+
+def test_two_processes_share_captions_cache_and_class_images_of_a_subject(tiny_model, photos, tmp_path):
+    """The official script fills its caches from the whole loader on every rank and reads them with a sharded one, so
+    that every rank trains on the same part. Here an epoch is every image once, each with its own caption."""
+    folder = tmp_path / "subject"
+    shutil.copytree(photos / "train", folder)
+    for path in folder.iterdir():
+        path.with_suffix(".txt").write_text(f"a photo of {path.stem}")
+    flags = ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", str(folder), "--cache_latents",
+             "--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "thing",
+             "--num_class_images", "5", *("--resolution 32 --train_batch_size 1 --max_sequence_length 8 --report_to "
+             "none --num_train_epochs 1 --checkpointing_steps 2 --lr_warmup_steps 0 --logging_steps 1").split()]
+    launch(flags, tmp_path / "two", script="train_dreambooth_lora_flux_kontext.py")
+    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == [f"class_0000{i}.png" for i in range(5)]
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    # 6 images of the subject and 5 of its class, each with one crop: every one was trained on
+    assert len(list((tmp_path / "two" / "latent_cache").glob("*.safetensors"))) == 11
+    args = dreambooth.parse_args([*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    dreambooth.main(args)
+    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)
+
+    shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    launch(flags, tmp_path / "resumed", "--resume_from_checkpoint", "latest",
+           script="train_dreambooth_lora_flux_kontext.py")
+    assert (tmp_path / "resumed" / LORA_FILE).read_bytes() == (tmp_path / "two" / LORA_FILE).read_bytes()
