@@ -328,3 +328,9 @@ def test_settings_that_are_not_json_are_refused_by_name(tiny_lora, tmp_path):
     save_file(load_file(lora.find_file(tiny_lora)), path, metadata={lora.SETTINGS_KEY: "{"})
     with pytest.raises(ValueError, match=f"^{path}"):
         lora.read_settings(path)
+
+
+def test_a_lora_file_has_the_permissions_of_any_new_file(tiny_pipe, tmp_path):
+    lora.attach(tiny_pipe.transformer, 2)
+    (tmp_path / "plain").touch()
+    assert lora.save(tiny_pipe.transformer, tmp_path, SETTINGS).stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -87,7 +87,6 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_
     `bnb_options` (see read_bnb_config) are given. ValueError with the cure where the hub says
     no: no network, a gated model without a token, a name that does not exist."""
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     from transformers.utils import logging as transformers_logging
 
     check_model(path)
@@ -100,11 +99,21 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_
         quantization = {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": config})}
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar a component buries the one that counts
-    try:
+    with fetching(path):
         return FluxKontextPipeline.from_pretrained(
             path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,
             **dict.fromkeys(skip), **quantization,
         )
+
+
+@contextlib.contextmanager
+def fetching(path):
+    """Turn what the hub says no to inside (no network, a gated model without a token, a name that does not exist) into
+    a ValueError with the cure."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise ValueError(f"{path} is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN, or "
                          "give the path of a downloaded copy") from error

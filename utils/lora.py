@@ -154,6 +154,7 @@ def sort_header(path):
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
+    path.unlink()  # written by safetensors for its owner alone; a new file gets the usual permissions
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 

@@ -11,6 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from utils import flow_matching as fm
 from utils import flux
 
+SETTINGS_FILE = "sampling_settings.json"  # in the folder of a model that a LoRA was merged into
 # Stock Kontext's own behaviour: what a LoRA file without our settings, or no LoRA at all, is sampled with.
 STOCK_SETTINGS = {
     "start_noise": [1.0, 1.0],

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
 from utils.generate import generate
 from utils.parse import check_least, public_args, write_json
-from utils.restore import STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
+from utils.restore import SETTINGS_FILE, STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
 from utils.tiles import WHOLE, add_tile_args, check_tile_args, restore_tiled, tile_options, trained_side, within_memory
 from utils.utils import image_grid, to_pil
 from utils.validation import default_steps
@@ -113,14 +114,17 @@ def choose_device(args):
 
 
 def choose_settings(args, defaults=STOCK_SETTINGS):
-    """The settings to sample with: `defaults`, over them what the LoRA file stores, over both what the command line
-    says."""
+    """The settings to sample with: `defaults`, over them what the LoRA file stores, or the folder of a model that one
+    was merged into, over all what the command line says."""
     stored = lora.read_settings(args.lora) if args.lora else None
+    merged = Path(args.pretrained_model_name_or_path, SETTINGS_FILE)
+    if not args.lora and merged.is_file():
+        stored = json.loads(merged.read_text(encoding="utf-8"))
     if args.lora and stored is None:
         print(f"warning: {args.lora} holds no sampling settings; it is sampled as stock Kontext is", file=sys.stderr)
     settings = defaults | (stored or {})
     base, model = settings["base_model"], args.pretrained_model_name_or_path
-    if base and Path(base).name != Path(model).name:
+    if args.lora and base and Path(base).name != Path(model).name:
         print(f"warning: {args.lora} was trained on {base}, and the model is {model}", file=sys.stderr)
     for name in ("prompt", "guidance_scale", "max_sequence_length", "vae_encode_mode"):
         if getattr(args, name) is not None:
