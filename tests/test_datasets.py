@@ -22,7 +22,6 @@ from my_dataset import (
     BucketBatchSampler,
     DegBucketDataset,
     DegDataset,
-    PromptDataset,
     collate_fn,
     find_nearest_bucket,
     parse_buckets_string,
@@ -811,13 +810,6 @@ def test_bad_options_are_one_line_naming_the_flag(arguments, message):
 
 
 # ---- prompts
-
-
-def test_prompt_dataset_repeats_one_prompt_with_its_index():
-    batches = list(DataLoader(PromptDataset("a dog", 3), batch_size=2))
-    assert [batch["prompt"] for batch in batches] == [["a dog", "a dog"], ["a dog"]]
-    assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 1, 2]
-    assert [item["index"] for item in PromptDataset("a dog", 3)] == [0, 1, 2]
 
 
 def test_prompts_are_padded_and_cut_to_the_length():
