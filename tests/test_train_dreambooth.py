@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_lora_flux_kontext as script
-from tests.conftest import photograph
+from tests.conftest import PROJECT_ROOT, photograph
 from utils import checkpoint, flux, lora, validation
 from utils.generate import generate
 
@@ -183,6 +183,12 @@ def test_every_option_is_turned_on_by_a_test_of_this_file():
     changing = set(re.findall(r"--(\w+)", " ".join(CHANGES)))
     for name in [*OFFICIAL, *DEPARTURES, *OURS]:
         assert name in given and name in changing | ELSEWHERE, name
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readme_lists_every_option(readme):
+    text = (PROJECT_ROOT / readme).read_text(encoding="utf-8")
+    assert not {name for name in [*OFFICIAL, *DEPARTURES, *OURS] if f"`--{name}`" not in text}
 
 
 @pytest.fixture(scope="module")
