@@ -106,7 +106,7 @@ def main(args):
     heldout = heldout_from_args(args, dataset, degrade)
     extra_images = load_validation_images(args)
 
-    accelerator = run.make_accelerator(args)
+    accelerator, dtype = run.make_accelerator(args)
     stop = run.StopSignal(accelerator.num_processes)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = make_settings(args)
@@ -118,7 +118,7 @@ def main(args):
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
-    device, dtype = accelerator.device, run.weight_dtype(accelerator)
+    device = accelerator.device
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     validation_prompt = args.validation_prompt or args.instance_prompt
     prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]

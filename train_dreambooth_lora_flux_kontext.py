@@ -149,7 +149,7 @@ def main(args):
     validation_references = load_validation_references(args)
     validation_prompt = args.validation_prompt or args.instance_prompt or dataset.examples[0].prompt
 
-    accelerator = run.make_accelerator(args)
+    accelerator, dtype = run.make_accelerator(args)
     stop = run.StopSignal(accelerator.num_processes)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = STOCK_SETTINGS | {
@@ -166,7 +166,7 @@ def main(args):
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
-    path, device, dtype = args.pretrained_model_name_or_path, accelerator.device, run.weight_dtype(accelerator)
+    path, device = args.pretrained_model_name_or_path, accelerator.device
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]

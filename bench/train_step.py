@@ -75,8 +75,8 @@ def main():
         str(options.max_sequence_length), "--degradation_types", "downsample,noise,blur", "--report_to", "none",
         "--dataloader_num_workers", "1", "--output_dir", "outputs/bench-train-step", "--max_train_steps", "1000"])
     dataset = dataset_from_args(args, degrader_from_args(args), args.instance_prompt, args.seed)
-    accelerator = run.make_accelerator(args)
-    device, dtype = accelerator.device, run.weight_dtype(accelerator)
+    accelerator, dtype = run.make_accelerator(args)
+    device = accelerator.device
     encoded = flux.encode_prompts(options.model, [args.instance_prompt], device, dtype, args.max_sequence_length)
     edit_args = edit_script.parse_args([
         "--pretrained_model_name_or_path", options.model, "--guidance_scale", str(args.guidance_scale), "--rank",

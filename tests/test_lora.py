@@ -334,3 +334,54 @@ def test_a_lora_file_has_the_permissions_of_any_new_file(tiny_pipe, tmp_path):
     lora.attach(tiny_pipe.transformer, 2)
     (tmp_path / "plain").touch()
     assert lora.save(tiny_pipe.transformer, tmp_path, SETTINGS).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def step_gradients(pipe, dtype, autocast):
+    """(loss, all LoRA gradients as one vector) of one training step on bf16 or fp32 models."""
+    generator = torch.Generator().manual_seed(2)
+    z, control, velocity = (torch.randn(2, 16, 8, 8, generator=generator) for _ in range(3))
+    text = flux.TextEmbeds(torch.randn(2, 5, 16, generator=generator),
+                           torch.randn(2, 16, generator=generator)).to("cpu", dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        prediction = flux.predict_velocity(pipe.transformer, z, torch.tensor([0.25, 0.75]), control, text, 1.0)
+    loss = (prediction.float() - velocity).square().mean()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.double().flatten() for p in lora.parameters(pipe.transformer)])
+
+
+def test_explicit_bf16_is_as_close_to_fp32_as_autocast_and_never_widens_an_activation(tiny_model, monkeypatch):
+    """The usual way is autocast around a bf16 model whose LoRA peft gives fp32 activations."""
+    results, widened = {}, []
+    for name, dtype, autocast in (("fp32", torch.float32, False), ("autocast", torch.bfloat16, True),
+                                  ("ours", torch.bfloat16, False)):
+        pipe = flux.load_models(tiny_model, "cpu", dtype)
+        if name == "autocast":
+            monkeypatch.setattr(lora, "compute_in_input_dtype", lambda model: None)
+        parameters = lora.attach(pipe.transformer, rank=8)
+        monkeypatch.undo()
+        randomise(pipe.transformer)
+        if name == "ours":
+            for module in pipe.transformer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_pre_hook(lambda m, inputs: widened.append(inputs[0].dtype))
+        results[name] = step_gradients(pipe, dtype, autocast)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
+    assert set(widened) == {torch.bfloat16}
+    loss, gradient = results["fp32"]
+
+    def errors(name):
+        other_loss, other = results[name]
+        return abs(other_loss - loss) / loss, ((other - gradient).norm() / gradient.norm()).item()
+
+    (plain_loss, plain), (our_loss, ours) = errors("autocast"), errors("ours")
+    assert 0 < ours < 1.5 * plain and our_loss < max(1.5 * plain_loss, 2**-9)
+
+
+def test_attached_fp32_loras_compute_as_pefts_own(tiny_pipe, monkeypatch):
+    lora.attach(tiny_pipe.transformer, rank=4)
+    randomise(tiny_pipe.transformer)
+    ours = predict(tiny_pipe.transformer)
+    for module in tiny_pipe.transformer.modules():
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("cast_input_dtype_enabled", None)
+    assert torch.equal(predict(tiny_pipe.transformer), ours)

@@ -376,10 +376,10 @@ def test_start_run_writes_args_without_secrets_and_cuts_metrics_back_to_the_resu
 
 
 def test_a_cpu_computes_in_fp32_whatever_is_asked_and_says_so(tmp_path, capsys):
-    accelerator = run.make_accelerator(parse_args("--mixed_precision", "bf16", "--report_to", "none", "--output_dir",
-                                                  str(tmp_path)))
+    accelerator, dtype = run.make_accelerator(parse_args("--mixed_precision", "bf16", "--report_to", "none",
+                                                         "--output_dir", str(tmp_path)))
     assert accelerator.mixed_precision == "no" and accelerator.device.type == "cpu"
-    assert run.weight_dtype(accelerator) == torch.float32
+    assert dtype == torch.float32
     assert "--mixed_precision bf16: no GPU" in capsys.readouterr().out
 
 

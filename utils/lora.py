@@ -7,9 +7,11 @@ import math
 import os
 import re
 import tempfile
+import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -72,7 +74,25 @@ def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, us
         torch.manual_seed(seed)
         model.add_adapter(config)
     cast_training_params(model, torch.float32)
+    compute_in_input_dtype(model)
     return parameters(model)
+
+
+def compute_in_input_dtype(model):
+    """Let fp32 LoRA masters compute in the dtype of what they are given (bf16 beside a bf16 model). peft would cast
+    every activation to fp32 instead, and autocast around the model would cast it back: 724 casts in a step of FLUX.
+    DoRA keeps peft's way, whose norms need fp32."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
+            for part in (*module.lora_A.values(), *module.lora_B.values()):
+                part.forward = types.MethodType(linear_in_input_dtype, part)
+
+
+def linear_in_input_dtype(linear, x):
+    return F.linear(x, linear.weight.to(x.dtype))
 
 
 def parameters(model):

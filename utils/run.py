@@ -155,7 +155,9 @@ def check_output_dir(args):
 
 
 def make_accelerator(args):
-    """Accelerator of this run. On a CPU it computes in fp32: bf16 there is emulated and slow."""
+    """(Accelerator of this run, dtype of the frozen models). bf16 under --mixed_precision bf16, else fp32; always fp32
+    on a CPU, where bf16 is emulated and slow. No autocast: what is bf16 is so explicitly, the LoRA's masters are fp32
+    (lora.compute_in_input_dtype)."""
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
@@ -169,7 +171,7 @@ def make_accelerator(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
         cpu=use_cpu,
-        mixed_precision=precision,
+        mixed_precision="no",
         # The sampler is endless and an optimizer step never ends early, so the loader's end means nothing here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False),
@@ -180,12 +182,7 @@ def make_accelerator(args):
     level = logging.INFO if accelerator.is_local_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(level)
-    return accelerator
-
-
-def weight_dtype(accelerator):
-    """dtype of the frozen weights: bf16 under mixed precision, else fp32."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return accelerator, torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def plan_steps(args, items, num_processes):
