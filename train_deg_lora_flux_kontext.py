@@ -20,7 +20,7 @@ from my_dataset.degradations import add_degradation_args, degrader_from_args, pa
 from my_dataset.heldout import heldout_from_args, load_validation_images
 from utils import checkpoint, flux, lora, run, validation
 from utils import flow_matching as fm
-from utils.cache import encode_cached
+from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_model_card
 from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
 from utils.parse import make_parser, run_main
@@ -107,7 +107,6 @@ def main(args):
     extra_images = load_validation_images(args)
 
     accelerator, dtype = run.make_accelerator(args)
-    stop = run.StopSignal(accelerator.num_processes)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = make_settings(args)
     identity = run.identity(args, settings, len(dataset), accelerator.num_processes,
@@ -122,8 +121,8 @@ def main(args):
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     validation_prompt = args.validation_prompt or args.instance_prompt
     prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]
-    encoded = flux.encode_prompts(args.pretrained_model_name_or_path, prompts, device, dtype, args.max_sequence_length,
-                                  **where)
+    encoded = encode_all(args.pretrained_model_name_or_path, prompts, accelerator, dtype, args.max_sequence_length,
+                         Path(args.output_dir) / "text_cache", **where)
     pipe = flux.load_models(args.pretrained_model_name_or_path, device, dtype, **where)
     flux.check_sizes(pipe.vae, dataset.buckets)
     lora_parameters = lora.attach(pipe.transformer, args.rank, args.lora_alpha, args.lora_dropout, args.lora_layers,
@@ -174,6 +173,7 @@ def main(args):
         accelerator.wait_for_everyone()
 
     # --- the loop
+    stop = run.StopSignal(accelerator.num_processes)
     guard = run.FiniteGuard()
     progress = run.Progress(accelerator, args, step)
     if step == 0:

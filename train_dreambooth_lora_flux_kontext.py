@@ -10,6 +10,7 @@ each; references are appended as tokens. With x the target latent, eps noise, si
         --instance_data_dir edited --cond_data_dir originals --instance_prompt "turn it into a drawing"
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -29,11 +30,11 @@ from my_dataset.dataset_dreambooth import (
 from my_dataset.prompts import tokenize_prompt
 from utils import checkpoint, flux, lora, run, validation
 from utils import flow_matching as fm
-from utils.cache import encode_cached
+from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_dreambooth_card
 from utils.generate import generate_class_images
-from utils.parse import check_least, make_parser, run_main
-from utils.restore import STOCK_SETTINGS
+from utils.parse import check_least, make_parser, run_main, writable_folder
+from utils.restore import STOCK_SETTINGS, evaluating
 
 SUBJECT_IMAGES = 64  # at most so many, evenly spread, are what generated images are compared with
 
@@ -54,7 +55,8 @@ def parse_args(argv=None):
     lora.add_lora_args(parser)
     group = parser.add_argument_group("text encoder")
     group.add_argument("--train_text_encoder", action="store_true", help="train a LoRA on CLIP too")
-    group.add_argument("--text_encoder_lr", type=float, default=5e-6, help="its learning rate; Prodigy has one for all")
+    group.add_argument("--text_encoder_lr", type=float, default=5e-6,
+                       help="its learning rate; with 0 or Prodigy that of the rest")
     group.add_argument("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="its weight decay")
     run.add_optimizer_args(parser)
     run.add_training_args(parser)
@@ -78,8 +80,10 @@ def parse_args(argv=None):
     if args.lora_alpha != args.rank:
         print(f"--lora_alpha {args.lora_alpha:g} with --rank {args.rank}: the LoRA is scaled by "
               f"{args.lora_alpha / args.rank:g}; --lora_alpha {args.rank} would scale it by 1", flush=True)
-    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
-        raise ValueError("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.with_prior_preservation:
+        if not (args.class_data_dir and args.class_prompt):
+            raise ValueError("--with_prior_preservation needs --class_data_dir and --class_prompt")
+        writable_folder(args.class_data_dir, "--class_data_dir")
     if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
         print("--class_data_dir and --class_prompt do nothing without --with_prior_preservation", flush=True)
     args.bnb_options = None
@@ -110,14 +114,14 @@ def training_step(pipe, transformer, text_encoder, batch, text, args):
     noise, *vae_noise = (torch.stack([torch.randn(shape, generator=generator) for generator in generators])
                          .to(device, non_blocking=True) for shape in draws)
 
-    with torch.no_grad(), flux.on_device(pipe.vae, device, args.offload):
-        vae_noise = vae_noise or [None] * len(images)
+    with torch.no_grad():
+        pairs = list(zip(images, vae_noise or [None] * len(images), strict=True))
         if args.cache_latents:
             folder = Path(args.output_dir) / "latent_cache"
-            latents = [encode_cached(pipe.vae, image, folder, draw)
-                       for image, draw in zip(images, vae_noise, strict=True)]
+            latents = [encode_cached(pipe.vae, image, folder, draw, args.offload) for image, draw in pairs]
         else:
-            latents = [flux.encode(pipe.vae, image, draw) for image, draw in zip(images, vae_noise, strict=True)]
+            with flux.on_device(pipe.vae, device, args.offload):
+                latents = [flux.encode(pipe.vae, image, draw) for image, draw in pairs]
         target, *references = latents
         z, sigma, velocity = fm.flow_path(target, target, noise, sigma, torch.ones_like(sigma))
 
@@ -142,15 +146,21 @@ def main(args):
     if references and args.with_prior_preservation:
         raise ValueError("--with_prior_preservation is for subjects: class images have no references; drop it, or "
                          "train without references")
+    if args.validation_image and not references:
+        print("--validation_image does nothing for a subject, which is trained without references", flush=True)
+        args.validation_image = []
     if args.validation_image and len(args.validation_image) != references:
         raise ValueError(f"--validation_image: {len(args.validation_image)} given, and training has {references} "
                          "references an image")
     heldout = heldout_from_args(args, dataset)
     validation_references = load_validation_references(args)
-    validation_prompt = args.validation_prompt or args.instance_prompt or dataset.examples[0].prompt
+    if references and args.validation_prompt and not (heldout or validation_references):
+        print("--validation_prompt does nothing in edit training without --validation_image or --heldout_data_dir",
+              flush=True)
+    validation_prompt = next(prompt for prompt in (args.validation_prompt, args.instance_prompt,
+                                                   dataset.examples[0].prompt) if prompt is not None)
 
     accelerator, dtype = run.make_accelerator(args)
-    stop = run.StopSignal(accelerator.num_processes)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = STOCK_SETTINGS | {
         "vae_encode_mode": args.vae_encode_mode, "guidance_scale": args.guidance_scale,
@@ -158,8 +168,11 @@ def main(args):
         "reference_tokens": references > 0, "references": references,
         "resolution": args.resolution if len(dataset.buckets) == 1 else None,
     }
-    identity = run.identity(args, settings, len(dataset), accelerator.num_processes,
-                            more=("train_text_encoder", "with_prior_preservation", "cond_resolution", "cache_latents"))
+    lasting = {name: value for name, value in settings.items() if name != "prompt"}  # that is validation's
+    identity = run.identity(args, lasting, len(dataset), accelerator.num_processes, more=(
+        "train_text_encoder", "with_prior_preservation", "cond_resolution", "cache_latents", "repeats", "random_flip",
+        "center_crop", "caption_dropout", "class_prompt", "prior_loss_weight"))
+    identity["data"] = dataset.fingerprint()
     step, state = run.resume(args, identity)
     run.start_run(accelerator, args, step, "flux-kontext-dreambooth")
     if accelerator.is_main_process and step == 0:
@@ -170,13 +183,16 @@ def main(args):
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    generate_class_images(path, args.class_prompt, mine, args.resolution, args.sample_batch_size, args.seed, device,
-                          generation_dtype, args.max_sequence_length, **where)
+    side_px = max(math.isqrt(height * width) for height, width in dataset.buckets) // 16 * 16
+    quantised = args.bnb_options if args.prior_generation_precision is None else None
+    generate_class_images(path, args.class_prompt, mine, side_px, args.sample_batch_size, args.seed, device,
+                          generation_dtype, args.max_sequence_length, quantised, **where)
     accelerator.wait_for_everyone()
     prompts = [example.prompt or args.instance_prompt for example in dataset.examples] + [validation_prompt]
     prompts += [item["prompt"] for item in heldout] + [""] * (args.caption_dropout > 0)
     prompts += [args.class_prompt] * args.with_prior_preservation
-    encoded = flux.encode_prompts(path, prompts, device, dtype, args.max_sequence_length, **where)
+    encoded = encode_all(path, prompts, accelerator, dtype, args.max_sequence_length,
+                         Path(args.output_dir) / "text_cache", **where)
     pipe = flux.load_models(path, device, dtype, bnb_options=args.bnb_options, **where)
     flux.check_sizes(pipe.vae, dataset.buckets)
     if args.offload:
@@ -190,7 +206,7 @@ def main(args):
         models["text_encoder"] = pipe.text_encoder
         text_parameters = lora.attach(pipe.text_encoder, args.rank, args.lora_alpha, args.lora_dropout,
                                       lora.CLIP_LAYERS, args.use_dora, args.use_rslora, args.seed)
-        rate = {} if args.optimizer == "prodigy" else {"lr": args.text_encoder_lr}
+        rate = {} if args.optimizer == "prodigy" or not args.text_encoder_lr else {"lr": args.text_encoder_lr}
         groups.append({"params": text_parameters, "weight_decay": args.adam_weight_decay_text_encoder} | rate)
         parameters = parameters + text_parameters
     if args.gradient_checkpointing:
@@ -211,8 +227,9 @@ def main(args):
 
     # --- what is saved and validated
     spread = np.linspace(0, len(dataset.examples) - 1, min(len(dataset.examples), SUBJECT_IMAGES)).round().astype(int)
-    is_validated = heldout or validation_references or (args.validation_prompt and not references)
-    if is_validated and not references:
+    is_validated = args.num_validation_images > 0 and (
+        heldout or validation_references or (args.validation_prompt is not None and not references))
+    if is_validated and not references and accelerator.is_main_process:
         subject = validation.thumbnails(dataset[int(i)]["target"] for i in spread)
 
     def write_lora(folder):
@@ -238,7 +255,7 @@ def main(args):
         if accelerator.is_main_process and is_validated:
             grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
             steps = args.num_inference_steps or validation.default_steps(settings)
-            with (run.evaluation_weights(optimizer, ema, parameters),
+            with (run.evaluation_weights(optimizer, ema, parameters), evaluating(*models.values()),
                   flux.on_device(pipe.vae, device, args.offload)):
                 text = encode_live(validation_prompt)
                 if references:
@@ -255,6 +272,7 @@ def main(args):
         accelerator.wait_for_everyone()
 
     # --- the loop
+    stop = run.StopSignal(accelerator.num_processes)
     guard = run.FiniteGuard()
     progress = run.Progress(accelerator, args, step)
     if step == 0:

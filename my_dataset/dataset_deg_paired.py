@@ -150,7 +150,7 @@ def check_metadata(path):
         raise ValueError(f"{path}: empty; write one JSON object per line")
 
 
-def load_table(name, config_name=None):
+def load_table(name, config_name=None, cache_dir=None):
     """The training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset. ValueError
     or FileNotFoundError with the cure."""
     is_local = Path(name).is_dir()
@@ -162,7 +162,8 @@ def load_table(name, config_name=None):
     import datasets
 
     try:
-        return datasets.load_dataset(str(Path(name).resolve()) if is_local else name, config_name, split="train")
+        return datasets.load_dataset(str(Path(name).resolve()) if is_local else name, config_name, split="train",
+                                     cache_dir=cache_dir)
     except Exception as error:  # datasets raises many kinds, several of its own
         cure = "check its files" if is_local else "check the name and the network, or give a local folder"
         raise ValueError(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())}); {cure}") from error
@@ -187,10 +188,11 @@ def image_cells(table, name, flag, column):
     return [HubImage(images, row) for row in range(len(table))]
 
 
-def hub_records(name, config_name=None, image_column=None, cond_image_column=None, caption_column=None):
+def hub_records(name, config_name=None, image_column=None, cond_image_column=None, caption_column=None,
+                cache_dir=None):
     """Records of the training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset.
     Default columns: target `clean` or `image`; control `degraded`, prompt `prompt` where they exist."""
-    table = load_table(name, config_name)
+    table = load_table(name, config_name, cache_dir)
     image_column = find_column(table, name, "--image_column", image_column, ("clean", "image"), is_needed=True)
     cond_image_column = find_column(table, name, "--cond_image_column", cond_image_column, ("degraded",))
     caption_column = find_column(table, name, "--caption_column", caption_column, ("prompt",))
@@ -228,10 +230,14 @@ def check_headers(records, check):
 def load_readable(load, records, index, bucket_of):
     """(record, load(record), skipped) of the record at `index`, or the next one that loads, those of the same bucket
     first; skipped: what could not be read, as text. ValueError after MAX_RETRIES of them."""
-    following = [(index + step) % len(records) for step in range(1, len(records))]
-    following.sort(key=lambda place: bucket_of[place] != bucket_of[index])
+    def candidates():
+        yield index
+        following = [(index + step) % len(records) for step in range(1, len(records))]
+        following.sort(key=lambda place: bucket_of[place] != bucket_of[index])
+        yield from following[:MAX_RETRIES - 1]
+
     skipped = []
-    for place in [index, *following[:MAX_RETRIES - 1]]:
+    for place in candidates():
         try:
             return records[place], load(records[place]), skipped
         except UnreadableImage as error:
@@ -455,7 +461,7 @@ def dataset_from_args(args, degrade, prompt="", seed=0):
         records = folder_records(args.hr_root)
     else:
         records = hub_records(args.dataset_name, args.dataset_config_name, args.image_column, args.cond_image_column,
-                              args.caption_column)
+                              args.caption_column, getattr(args, "cache_dir", None))  # an option of flux.py
     common = {
         "prompt": prompt,
         "crop": "center" if args.center_crop else "random",

@@ -4,6 +4,8 @@ images for prior preservation.
 An item is a function of (seed, epoch, index) alone. Targets and references go with their captions in one record, so
 that no order, batch or epoch can mix them up."""
 
+import argparse
+import hashlib
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -84,12 +86,15 @@ def folder_examples(folder, reference_folders=()):
             for stem, path in targets.items()]
 
 
-def table_examples(name, config_name=None, image_column=None, reference_columns=(), caption_column=None):
+def table_examples(name, config_name=None, image_column=None, reference_columns=(), caption_column=None,
+                   cache_dir=None):
     """The rows of a hub dataset or of a folder with a metadata.jsonl. Without `caption_column` the first of
     CAPTION_COLUMNS counts where it exists. ValueError naming the option whose column is not there."""
-    table = load_table(name, config_name)
+    table = load_table(name, config_name, cache_dir)
     image_column = find_column(table, name, "--image_column", image_column, ("image",), is_needed=True)
     caption_column = find_column(table, name, "--caption_column", caption_column, CAPTION_COLUMNS)
+    if caption_column and getattr(table.features[caption_column], "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"--caption_column {caption_column}: not a column of text in {name}")
     targets = image_cells(table, name, "--image_column", image_column)
     columns = [image_cells(table, name, "--cond_image_column",
                            find_column(table, name, "--cond_image_column", column)) for column in reference_columns]
@@ -126,8 +131,8 @@ class DreamBoothDataset(Dataset):
         self.reference_px, self.is_fixed, self.max_pixels = reference_px, is_fixed, max_pixels
         self.examples, self.sizes, self.unreadable = check_headers(examples, self._check_header)
         if prompt is None and (bare := next((example for example in self.examples if not example.prompt), None)):
-            raise ValueError(f"{bare.name} has no caption; pass --instance_prompt, or write {Path(bare.name).stem}.txt "
-                             "beside it")
+            raise ValueError(f"{bare.name} has no caption; pass --instance_prompt, or give it one: a .txt file beside "
+                             "an image, or a cell of --caption_column")
         # A batch holds one size of target and references.
         keys = [(find_nearest_bucket(*target, buckets), references) for target, references in self.sizes]
         places = {key: place for place, key in enumerate(sorted(set(keys)))}
@@ -147,6 +152,12 @@ class DreamBoothDataset(Dataset):
 
     def __len__(self):
         return len(self.bucket_of)
+
+    def fingerprint(self):
+        """Tells one set of images and captions from another, by names without folders, captions and order."""
+        items = [(Path(example.name).name, example.prompt or self.prompt) for example in self.examples]
+        classes = [path.name for path in self.class_images]
+        return hashlib.blake2b(repr((items, classes)).encode(), digest_size=16).hexdigest()
 
     def _load(self, example):
         return [read(source, self.max_pixels, example.name, load_rgb)
@@ -220,7 +231,8 @@ def add_data_args(parser):
     add("--dataset_name", help="imagefolder or Hugging Face dataset, instead of --instance_data_dir")
     add("--dataset_config_name", help="configuration of --dataset_name")
     add("--image_column", default="image", help="column of the training images")
-    add("--caption_column", help="column of the captions; default: --instance_prompt, or else prompt, text or caption")
+    add("--caption_column", help="column of the captions; default: prompt, text or caption, but none with "
+        "--dataset_name and --instance_prompt, as in diffusers' script")
     add("--cond_image_column", help="edit training: column of the image that the edit starts from; several references: "
         "a comma list")
     add("--cond_data_dir", nargs="+", default=[], help="edit training from folders: that of the images the edits start "
@@ -235,7 +247,8 @@ def add_data_args(parser):
     add("--random_flip", action="store_true", help="mirror half of the samples, drawn anew every epoch")
     add("--use_aspect_ratio_buckets", action="store_true", help="crop to the nearest of --aspect_ratio_buckets instead "
         "of a square")
-    add("--aspect_ratio_buckets", help='"h,w;h,w" or "h:w,h:w" (default: the 17 sizes of FLUX.1 Kontext)')
+    add("--aspect_ratio_buckets", help='"h,w;h,w" or "h:w,h:w" (default: the 17 shapes of FLUX.1 Kontext at about '
+        "--resolution squared pixels)")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="leave out images with more pixels than this")
     add("--dataloader_num_workers", type=int, default=0, help="loader processes; 0 loads in the training process")
     add("--heldout_data_dir", help="edit training: held-out edited images, with captions as in --instance_data_dir; "
@@ -260,10 +273,12 @@ def examples_from_args(args):
         raise ValueError("--cond_data_dir goes with --instance_data_dir; a dataset has --cond_image_column")
     if args.dataset_name:
         examples = table_examples(args.dataset_name, args.dataset_config_name, args.image_column, columns,
-                                  args.caption_column)
+                                  args.caption_column, args.cache_dir)
         if args.instance_prompt and not args.caption_column:  # as in the official script
             examples = [example._replace(prompt=None) for example in examples]
         return examples
+    if not Path(args.instance_data_dir).is_dir():
+        raise FileNotFoundError(f"--instance_data_dir {args.instance_data_dir}: no such folder")
     if (Path(args.instance_data_dir) / "metadata.jsonl").is_file():
         if args.cond_data_dir:
             raise ValueError(f"{args.instance_data_dir} has a metadata.jsonl: name the references in it "
@@ -282,7 +297,10 @@ def dataset_from_args(args, class_images=()):
         raise ValueError(f"--resolution {args.resolution} must be a positive multiple of 16")
     buckets = [(args.resolution, args.resolution)]
     if args.use_aspect_ratio_buckets or args.aspect_ratio_buckets:
-        buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else KONTEXT_BUCKETS
+        from diffusers.training_utils import generate_aspect_ratio_buckets  # seconds to import
+
+        buckets = (parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else
+                   generate_aspect_ratio_buckets(args.resolution, REFERENCE_MULTIPLE_PX, KONTEXT_BUCKETS))
     return DreamBoothDataset(
         examples_from_args(args), buckets, args.instance_prompt, "center" if args.center_crop else "random",
         args.random_flip, args.seed, args.repeats, args.caption_dropout, class_images, args.class_prompt,
@@ -293,13 +311,20 @@ def heldout_from_args(args, training):
     """The first --num_validation_images items of --heldout_data_dir, centre crops without mirroring; [] without it.
     ValueError if a reference is one of training's, or where their number is another."""
     if not args.heldout_data_dir:
+        if args.heldout_cond_data_dir:
+            raise ValueError("--heldout_cond_data_dir needs --heldout_data_dir with the true edited images")
         return []
-    if len(args.heldout_cond_data_dir) != len(training.examples[0].references) or not args.heldout_cond_data_dir:
-        raise ValueError(f"--heldout_cond_data_dir: training has {len(training.examples[0].references)} references, so "
-                         "name as many folders here (held-out images are scored in edit training alone)")
-    examples = folder_examples(args.heldout_data_dir, args.heldout_cond_data_dir)
-    seen = [source for example in training.examples for source in example.references if isinstance(source, Path)]
-    check_no_overlap(seen, [source for example in examples for source in example.references])
+    heldout = argparse.Namespace(**vars(args) | {
+        "instance_data_dir": args.heldout_data_dir, "cond_data_dir": args.heldout_cond_data_dir, "dataset_name": None})
+    if not (Path(args.heldout_data_dir) / "metadata.jsonl").is_file():
+        heldout.cond_image_column = heldout.caption_column = None  # those of a training table
+    examples = examples_from_args(heldout)
+    count = len(training.examples[0].references)
+    if not count or {len(example.references) for example in examples} != {count}:
+        raise ValueError(f"--heldout_cond_data_dir: training has {count} references an image, so the held-out images "
+                         "need as many (they are scored in edit training alone)")
+    check_no_overlap(*([source for example in some for source in example.references if isinstance(source, Path)]
+                       for some in (training.examples, examples)))
     dataset = DreamBoothDataset(examples, training.buckets, args.instance_prompt, "center",
                                 seed=heldout_seed(args.seed), reference_px=args.cond_resolution,
                                 max_pixels=args.max_pixels)

@@ -486,7 +486,7 @@ def test_images_stored_as_bytes_load_and_bad_cells_are_listed(tmp_path, monkeypa
     cells = [{"bytes": good, "path": None}, {"bytes": b"text", "path": None}, None]
     features = datasets.Features({"image": datasets.Image()})
     table = datasets.Dataset.from_dict({"image": cells}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: table)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, cache_dir: table)
     dataset = DegDataset(hub_records("some/name"), keep, resolution=40)
     assert len(dataset) == 1 and dataset[0]["target"].shape == (3, 40, 40)
     assert [path for path, _ in dataset.unreadable] == ["some/name[1]", "some/name[2]"]
@@ -775,14 +775,15 @@ def test_the_configuration_name_reaches_datasets(monkeypatch):
 
     seen = SimpleNamespace()
 
-    def load(name, config, split):
-        seen.call = (name, config, split)
+    def load(name, config, split, cache_dir):
+        seen.call = (name, config, split, cache_dir)
         raise FileNotFoundError("stop")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(ValueError, match="stop"):
-        dataset_from_args(parse("--dataset_name", "a/b", "--dataset_config_name", "small"), keep)
-    assert seen.call == ("a/b", "small", "train")
+        args = parse("--dataset_name", "a/b", "--dataset_config_name", "small")
+        dataset_from_args(SimpleNamespace(**vars(args), cache_dir="kept"), keep)
+    assert seen.call == ("a/b", "small", "train", "kept")
 
 
 def test_bucket_options_choose_the_bucket_dataset(photos):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,7 @@ def parse(*argv):
     parser = make_parser("test")
     data.add_data_args(parser)
     parser.add_argument("--cache_latents", action="store_true")
+    parser.add_argument("--cache_dir")
     parser.add_argument("--num_validation_images", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation_image", nargs="+", default=[])
@@ -208,7 +210,8 @@ def test_a_file_that_fails_later_is_replaced_with_its_own_caption_and_named(pair
 @pytest.mark.parametrize("flags, words", {
     "--resolution 32": "--instance_data_dir",
     "--instance_data_dir out --dataset_name x": "one of them",
-    "--instance_data_dir nothing": "no such file or folder",
+    "--instance_data_dir nothing": "no such folder",
+    "--instance_data_dir table --caption_column age": "--caption_column age: not a column of text",
     "--instance_data_dir out --resolution 40": "multiple of 16",
     "--instance_data_dir out --cond_data_dir lone": "2 images of .* have no partner: 3, 4",
     "--instance_data_dir out --cond_image_column a": "metadata.jsonl",
@@ -228,7 +231,7 @@ def test_bad_input_is_one_line_that_names_the_flag(pairs, flags, words):
     for name in ("latin/latin1.png", "table/0.png"):
         (pairs / name).write_bytes((pairs / "in" / "0.png").read_bytes())
     (pairs / "latin" / "latin1.txt").write_bytes(b"caf\xe9")
-    (pairs / "table" / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    (pairs / "table" / "metadata.jsonl").write_text('{"file_name": "0.png", "age": 3}\n')
     names = {"out", "in", "lone", "nothing", "latin", "table"}
     argv = [pairs / word if word in names else word for word in flags.split()]
     with pytest.raises((ValueError, OSError), match=words):
@@ -248,6 +251,14 @@ def test_held_out_edits_are_centre_crops_with_their_own_captions_and_start_from_
     items = data.heldout_from_args(parse(*flags), training)
     assert [levels(item["target"][None]) for item in items] == [[3], [33]]
     assert [levels(item["references"][0][None]) for item in items] == [[4], [34]]
+    rows = [{"file_name": f"{i}.png", "cond_file_name": f"in/{i}.png", "text": f"own {i}"} for i in range(3)]
+    shutil.copytree(held / "out", held / "table")
+    shutil.copytree(held / "in", held / "table" / "in")
+    (held / "table" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tabled = data.heldout_from_args(parse("--heldout_data_dir", held / "table", "--cond_image_column", "cond",
+                                          *flags[4:]), training)
+    assert [item["prompt"] for item in tabled] == ["own 0", "own 1"]
+    assert [levels(item["references"][0][None]) for item in tabled] == [[4], [34]]
     assert items[0]["prompt"] == "p" and data.heldout_from_args(parse("--resolution", 32), training) == []
     with pytest.raises(ValueError, match="--heldout_cond_data_dir"):
         data.heldout_from_args(parse(*flags[:2], "--resolution", 32), training)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lora_flux_kontext as script
 from tests.conftest import PROJECT_ROOT, photograph
-from utils import checkpoint, flux, lora, validation
+from utils import cache, checkpoint, flux, lora, run, validation
 from utils.generate import generate
 
 SHORT = ("--resolution 32 --train_batch_size 2 --max_sequence_length 8 --report_to none --num_inference_steps 1 "
@@ -146,27 +146,33 @@ def test_every_option_of_the_official_script_is_there_with_its_default(tiny_mode
     assert (tmp_path / "flux-kontext-lora").is_dir()
 
 
-# Each option is turned on, and changes what comes out.
-CHANGES = [
+# Each option is turned on beside flags (first) that it needs, and changes what they alone would give.
+CHANGES = [("", option) for option in (
     "--guidance_scale 2", "--vae_encode_mode sample", "--center_crop", "--random_flip", "--resolution 48",
-    "--use_aspect_ratio_buckets --aspect_ratio_buckets 32,32;32,48", "--repeats 2 --num_train_epochs 1", "--seed 1",
-    "--instance_prompt dog", "--max_sequence_length 5", "--rank 8", "--lora_alpha 8", "--lora_dropout 0.5",
-    "--lora_layers attn.to_q,proj_out", "--train_text_encoder", "--train_text_encoder --text_encoder_lr 1e-2",
-    "--train_text_encoder --adam_weight_decay_text_encoder 5", "--learning_rate 1e-2", "--scale_lr",
-    "--lr_scheduler linear --lr_warmup_steps 1", "--lr_scheduler polynomial --lr_power 3",
-    "--lr_scheduler cosine_with_restarts --lr_num_cycles 2", "--max_grad_norm 1e-6",
-    "--lr_scheduler piecewise_constant --lr_step_rules 1:1,0.1", "--weighting_scheme sigma_sqrt",
-    "--weighting_scheme logit_normal --logit_mean 1", "--weighting_scheme logit_normal --logit_std 0.2",
-    "--weighting_scheme mode --mode_scale 0.4", "--weighting_scheme cosmap", "--optimizer prodigy --learning_rate 1",
-    "--optimizer prodigy --prodigy_beta3 0.5 --prodigy_decouple False --prodigy_use_bias_correction False "
-    "--prodigy_safeguard_warmup False", "--use_8bit_adam", "--adam_beta1 0.1", "--adam_beta2 0.1",
-    "--adam_weight_decay 5", "--adam_epsilon 1", "--use_ema --ema_decay 0.9", "--use_dora",
-    "--use_rslora", "--caption_dropout 1", "--instance_data_dir OUT --cond_data_dir IN",
-    "--instance_data_dir OUT --cond_data_dir IN --cond_resolution 48", f"{PRIOR} --prior_loss_weight 0.5",
-    "--train_batch_size 1", "--gradient_accumulation_steps 2",
+    "--use_aspect_ratio_buckets", "--aspect_ratio_buckets 32,32;32,48", "--seed 1", "--instance_prompt dog",
+    "--max_sequence_length 5", "--rank 8", "--lora_alpha 8", "--lora_dropout 0.5", "--lora_layers attn.to_q,proj_out",
+    "--train_text_encoder", "--learning_rate 1e-2", "--scale_lr", "--lr_scheduler linear --lr_warmup_steps 1",
+    "--max_grad_norm 1e-6", "--optimizer prodigy --learning_rate 1", "--use_8bit_adam", "--adam_beta1 0.1",
+    "--adam_beta2 0.1", "--adam_weight_decay 5", "--adam_epsilon 1", "--use_ema", "--use_dora", "--use_rslora",
+    "--caption_dropout 1", "--instance_data_dir OUT --cond_data_dir IN", "--train_batch_size 1",
+    "--gradient_accumulation_steps 2", "--weighting_scheme sigma_sqrt", "--weighting_scheme cosmap", "--cache_latents",
+)] + [
+    ("--train_text_encoder", "--text_encoder_lr 1e-2"), ("--train_text_encoder", "--text_encoder_lr 0"),
+    ("--train_text_encoder --text_encoder_lr 1e-2", "--adam_weight_decay_text_encoder 50"),
+    ("--lr_scheduler polynomial", "--lr_power 3"), ("--lr_scheduler cosine_with_restarts", "--lr_num_cycles 2"),
+    ("--lr_scheduler piecewise_constant --lr_step_rules 1:9,0.1", "--lr_step_rules 1:1,0.1"),
+    ("--weighting_scheme logit_normal", "--logit_mean 1"), ("--weighting_scheme logit_normal", "--logit_std 0.2"),
+    ("--weighting_scheme mode", "--mode_scale 0.4"), ("--use_ema", "--ema_decay 0.05"),
+    *(("--optimizer prodigy --learning_rate 1 --max_train_steps 12", option) for option in (
+        "--prodigy_decouple False", "--prodigy_use_bias_correction False")),
+    ("--optimizer prodigy --learning_rate 1 --lr_scheduler constant_with_warmup --lr_warmup_steps 6 "
+     "--max_train_steps 12", "--prodigy_safeguard_warmup False"),
+    ("--instance_data_dir OUT --cond_data_dir IN", "--cond_resolution 48"), (PRIOR, "--prior_loss_weight 0.5"),
+    ("--cache_latents --repeats 2 --max_train_steps 7", "--repeats 3"),
 ]
 # Options that must change no weight, or whose effect is another's matter: tests below and above turn them on.
 ELSEWHERE = {
+    "prodigy_beta3", "with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images",
     "revision", "variant", "cache_dir", "dataset_name", "dataset_config_name", "image_column", "cond_image_column",
     "caption_column", "dataloader_num_workers", "sample_batch_size", "prior_generation_precision",
     "validation_prompt", "validation_image", "num_validation_images", "validation_epochs", "num_train_epochs",
@@ -180,7 +186,7 @@ ELSEWHERE = {
 
 def test_every_option_is_turned_on_by_a_test_of_this_file():
     given = set(re.findall(r"--(\w+)", Path(__file__).read_text(encoding="utf-8")))
-    changing = set(re.findall(r"--(\w+)", " ".join(CHANGES)))
+    changing = set(re.findall(r"--(\w+)", " ".join(option for _, option in CHANGES)))
     for name in [*OFFICIAL, *DEPARTURES, *OURS]:
         assert name in given and name in changing | ELSEWHERE, name
 
@@ -199,14 +205,23 @@ def plain_weights(tiny_model, photos, tmp_path_factory):
     return load_file(folder / lora.LORA_FILE)
 
 
-@pytest.mark.parametrize("flags", CHANGES)
-def test_every_option_changes_the_result(train, tmp_path, plain_weights, flags):
-    train("--max_train_steps 3", flags)
-    weights = load_file(tmp_path / "out" / lora.LORA_FILE)
+@pytest.fixture(scope="module")
+def base_weights():
+    """{base flags: weights}, filled as the tests ask."""
+    return {}
+
+
+@pytest.mark.parametrize("base, option", CHANGES)
+def test_every_option_changes_the_result(train, tmp_path, base_weights, base, option):
+    steps = "" if "max_train_steps" in base else "--max_train_steps 3"
+    if base not in base_weights:
+        train(steps, base, f"--output_dir {tmp_path / 'base'}")
+        base_weights[base] = load_file(tmp_path / "base" / lora.LORA_FILE)
+    train(steps, base, option)
+    weights, before = load_file(tmp_path / "out" / lora.LORA_FILE), base_weights[base]
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in weights.values())
-    assert weights.keys() != plain_weights.keys() or any(
-        weights[key].shape != plain_weights[key].shape or not torch.equal(weights[key], plain_weights[key])
-        for key in weights)
+    assert weights.keys() != before.keys() or any(
+        weights[key].shape != before[key].shape or not torch.equal(weights[key], before[key]) for key in weights)
 
 
 @pytest.mark.parametrize("flags", [
@@ -223,13 +238,22 @@ def test_options_that_are_about_other_things_leave_the_result_alone(train, tmp_p
 
 def test_obsolete_options_say_what_replaces_them(train, capsys):
     train("--max_train_steps 1 --local_rank 0 --enable_npu_flash_attention --upcast_before_saving --rank 8",
-          "--mixed_precision fp16 --optimizer prodigy --learning_rate 1 --use_8bit_adam --class_prompt unused")
+          "--mixed_precision fp16 --optimizer prodigy --use_8bit_adam --class_prompt unused --hub_token secret",
+          "--validation_image PHOTO")
     lines = capsys.readouterr().out.splitlines()
     for start in ("--local_rank does nothing", "--enable_npu_flash_attention does nothing",
                   "--upcast_before_saving does nothing", "--mixed_precision fp16: FLUX overflows",
                   "--use_8bit_adam does nothing", "--class_data_dir and --class_prompt do nothing",
-                  "--lora_alpha 4 with --rank 8: the LoRA is scaled by 0.5"):
+                  "--hub_token does nothing", "--validation_image does nothing for a subject",
+                  "--learning_rate 0.0001: Prodigy finds", "--lora_alpha 4 with --rank 8: the LoRA is scaled by 0.5"):
         assert sum(line.startswith(start) for line in lines) == 1, start
+
+
+def test_prodigys_beta3_reaches_it(tiny_model, tmp_path):
+    args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output_dir", str(tmp_path),
+                              "--optimizer", "prodigy", "--prodigy_beta3", "0.5"])
+    optimizer = run.make_optimizer([torch.nn.Parameter(torch.ones(2))], args, 1)
+    assert optimizer.param_groups[0]["beta3"] == 0.5  # too slow a matter to show in a few steps
 
 
 def test_the_documents_command_runs(train, tmp_path):
@@ -301,7 +325,7 @@ def test_prior_preservation_equals_the_formula_computed_by_hand(tiny_model, tmp_
     torch.testing.assert_close(losses["prior"], 0.3 * torch.stack(per_item[count:]).mean(), rtol=1e-4, atol=0)
 
 
-def test_the_model_is_told_the_very_noise_level_in_fp32_that_its_latents_have(tiny_model, tmp_path, monkeypatch):
+def test_the_noise_level_is_fp32_in_the_mix_and_where_it_is_handed_to_the_model(tiny_model, tmp_path, monkeypatch):
     """The official script rounds sigma to bf16 in the mix, and tells the model the unrounded timestep."""
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     batch = {"target": images, "references": [images], "seed": list(range(64)), "prompt": ["p"] * 64}
@@ -340,6 +364,7 @@ def test_lora_masters_and_adams_moments_are_fp32_on_a_bf16_model(tiny_model):
 def test_the_file_in_stock_diffusers_equals_the_model_that_was_trained(train, tiny_model, tmp_path):
     """Transformer and CLIP: stock loading, our loading, and the validation of the live model draw the same image."""
     train("--max_train_steps 4 --train_text_encoder --text_encoder_lr 3e-2 --learning_rate 3e-2 --guidance_scale 1.5",
+          "--lora_dropout 0.5",  # which must be off where an image is drawn
           "--validation_prompt sks --num_validation_images 1 --validation_steps 4 --num_inference_steps 2")
     settings = lora.read_settings(tmp_path / "out")
     keys = load_file(tmp_path / "out" / lora.LORA_FILE)
@@ -397,7 +422,7 @@ def test_edit_validation_scores_held_out_pairs_and_draws_the_validation_image(tr
     inputs, ceilings = ({row[f"validation/{name}"] for row in rows} for name in ("psnr_input", "psnr_vae"))
     assert len(inputs) == len(ceilings) == 1 and 0 < min(inputs) < 40
     grid = Image.open(tmp_path / "out" / "validation" / "step-000001.png")
-    assert grid.width == 4 + 3 * 260 and grid.height > 4 * 256  # two held-out pairs, two edits of the photograph
+    assert grid.width == 4 + 3 * 260 and grid.height > 3 * 256  # two held-out pairs, two edits of the photograph
 
 
 def test_training_moves_the_measure_of_both_modes_on_the_embedded_model(tmp_path):
@@ -438,12 +463,13 @@ def test_the_distance_to_a_subject_is_zero_for_its_own_images_and_in_levels():
 @pytest.mark.parametrize("flags, words", {
     "--with_prior_preservation": "--class_data_dir",
     f"{PRIOR} --instance_data_dir OUT --cond_data_dir IN": "--with_prior_preservation is for subjects",
-    "--validation_image PHOTO": "0 references",
+    "--instance_data_dir OUT --cond_data_dir IN MORE --validation_image PHOTO": "2 references",
+    "--heldout_cond_data_dir IN": "--heldout_data_dir",
+    f"{PRIOR} --class_data_dir PHOTO": "--class_data_dir",
     "--caption_dropout 1.5": "--caption_dropout",
     "--repeats 0": "--repeats",
     "--rank 0": "--rank",
     "--num_class_images 0": "--num_class_images",
-    "--hub_token secret": "--push_to_hub",
     "--resolution 40": "--resolution",
     "--train_batch_size 7": "--train_batch_size 7",
     "--bnb_quantization_config_path TMP/none.json": "none.json: No such file",
@@ -512,7 +538,51 @@ def test_hub_options_reach_their_places_and_no_secret_is_written(train, tiny_mod
     assert not any(b"hf_secret" in path.read_bytes() for path in files)
 
 
-def test_resuming_another_kind_of_run_is_refused(train):
+def test_resuming_another_kind_of_run_or_another_set_of_images_is_refused(train, photos, tmp_path):
     train("--max_train_steps 1 --checkpointing_steps 1")
-    with pytest.raises(ValueError, match="train_text_encoder"):
-        train("--max_train_steps 2 --resume_from_checkpoint latest --train_text_encoder")
+    resume = "--max_train_steps 2 --resume_from_checkpoint latest"
+    (tmp_path / "fewer").mkdir()
+    for i in range(6):
+        (tmp_path / "fewer" / f"other_{i}.png").write_bytes((photos / "train" / f"photo_{i}.png").read_bytes())
+    for flags, word in (("--train_text_encoder", "train_text_encoder"), ("--repeats 2", "repeats"),
+                        (f"--instance_data_dir {tmp_path / 'fewer'}", "data"), ("--instance_prompt dog", "data")):
+        with pytest.raises(ValueError, match=word):
+            train(resume, flags)
+    train(resume, "--validation_prompt another --num_validation_images 1")  # what is validated may change
+
+
+def test_resuming_where_there_is_a_finished_lora_and_no_checkpoint_writes_over_nothing(train):
+    before = train("--max_train_steps 1")
+    with pytest.raises(ValueError, match="holds a finished LoRA and no sound checkpoint"):
+        train("--max_train_steps 1 --seed 7 --resume_from_checkpoint latest")
+    assert before
+
+
+def test_no_validation_images_switch_validation_off(train, tmp_path):
+    train("--max_train_steps 1 --validation_prompt sks --num_validation_images 0")
+    train("--max_train_steps 1 --instance_data_dir OUT --cond_data_dir IN --validation_image PHOTO",
+          f"--num_validation_images 0 --output_dir {tmp_path / 'edit'}")
+    assert not list(tmp_path.glob("*/validation"))
+
+
+def test_an_empty_instance_prompt_is_a_prompt(train, tmp_path):
+    args = script.parse_args(["--pretrained_model_name_or_path", "assets/tiny-kontext", "--instance_prompt", "",
+                              "--output_dir", str(tmp_path)])
+    assert args.instance_prompt == ""
+    train("--max_train_steps 1 --instance_prompt=")
+    assert lora.read_settings(tmp_path / "out")["prompt"] == ""
+
+
+def test_many_captions_lie_on_disk_each_encoded_once_and_train_to_the_same_bits(train, tmp_path, monkeypatch):
+    flags = "--instance_data_dir OUT --cond_data_dir IN --max_train_steps 3 --checkpointing_steps 2"
+    in_memory = train(flags, f"--output_dir {tmp_path / 'memory'}")
+    monkeypatch.setattr(cache, "PROMPTS_IN_MEMORY", 2)
+    asked, original = [], flux.encode_prompts
+    monkeypatch.setattr(flux, "encode_prompts", lambda path, prompts, *rest, **where: asked.extend(prompts) or original(
+        path, prompts, *rest, **where))
+    assert train(flags, f"--output_dir {tmp_path / 'disk'}") == in_memory
+    assert sorted(asked) == sorted([f"invert photo_{i}" for i in range(6)] + ["sks"])
+    assert len(list((tmp_path / "disk" / "text_cache").glob("*.safetensors"))) == 7
+    (tmp_path / "disk" / lora.LORA_FILE).rename(tmp_path / "gone")
+    assert train(flags, f"--output_dir {tmp_path / 'disk'} --resume_from_checkpoint latest") == in_memory
+    assert len(asked) == 7  # a resumed run finds them

@@ -1,8 +1,10 @@
-"""VAE latents kept on disk, one safetensors file per image, keyed by the pixels themselves and the VAE's config:
-an entry cannot be met by another image, whatever the order, crop or epoch."""
+"""What is encoded once and kept on disk, one safetensors file per item: VAE posteriors, keyed by the pixels themselves
+and the VAE, and texts, keyed by the prompt and the text encoders. An entry cannot be met by another item, whatever the
+order, crop or epoch, and processes can share the folder."""
 
 import hashlib
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -11,32 +13,88 @@ from safetensors.torch import load_file, save_file
 
 from utils import flux
 
+PROMPTS_IN_MEMORY = 32
 
-def encode_cached(vae, images, folder, noise=None):
+
+first_layers = weakref.WeakKeyDictionary()
+
+
+def vae_key(vae):
+    """Tells one VAE from another: its config, and its first layer, which differs between weights of one layout and is
+    fetched from the device once."""
+    if vae not in first_layers:
+        first_layers[vae] = next(vae.parameters()).detach().float().cpu().numpy().tobytes()
+    return repr(sorted(vae.config.items())).encode() + first_layers[vae]
+
+
+def encode_cached(vae, images, folder, noise=None, is_offloaded=False):
     """flux.encode(vae, images, noise) through the cache of posteriors in `folder`, made if it is not there.
 
-    images: (B, 3, H, W) in [-1, 1]. Missing entries are encoded one by one and written by rename, so that processes
-    can share the folder and an interrupted write leaves nothing half."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The first layer tells one VAE's weights from another's in the same layout.
-    config = repr(sorted(vae.config.items())).encode() + next(vae.parameters()).float().cpu().numpy().tobytes()
+    images: (B, 3, H, W) in [-1, 1]. Missing entries are encoded one by one. is_offloaded: the VAE lies on the CPU and
+    goes to the images' device for that."""
     entries = []
     for image in images:
-        key = hashlib.blake2b(config, digest_size=20)
+        key = hashlib.blake2b(vae_key(vae), digest_size=20)
         key.update(str(("posterior", tuple(image.shape), vae.dtype)).encode())
         key.update(image.cpu().contiguous().numpy())
-        path = folder / f"{key.hexdigest()}.safetensors"
+        path = Path(folder, f"{key.hexdigest()}.safetensors")
         entry = read_entry(path)
         if entry is None:
-            mean, std = flux.posterior(vae, image[None].to(next(vae.parameters()).device))
+            with flux.on_device(vae, image.device, is_offloaded):
+                mean, std = flux.posterior(vae, image[None])
             entry = {"mean": mean.cpu(), "std": std.cpu()}
-            scratch = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file(entry, scratch)
-            os.replace(scratch, path)
+            write_entry(path, entry)
         entries.append(entry)
     mean, std = (torch.cat([entry[name] for entry in entries]).to(images.device) for name in ("mean", "std"))
     return mean if noise is None else mean + std * noise.to(mean)
+
+
+class TextCache:
+    """{prompt: TextEmbeds of batch 1} in files of a folder, read when they are asked for: at FLUX's size a prompt is
+    4 MB, and ten thousand captions fit no memory. encoders: what the texts were encoded with, as text."""
+
+    def __init__(self, folder, encoders):
+        self.folder, self.encoders = Path(folder), encoders
+
+    def path(self, prompt):
+        key = hashlib.blake2b(f"{self.encoders}\n{prompt}".encode(), digest_size=20)
+        return self.folder / f"{key.hexdigest()}.safetensors"
+
+    def __contains__(self, prompt):
+        return self.path(prompt).is_file()
+
+    def __getitem__(self, prompt):
+        return flux.TextEmbeds(**load_file(self.path(prompt)))
+
+    def __setitem__(self, prompt, text):
+        write_entry(self.path(prompt), vars(text))
+
+
+def encode_all(path, prompts, accelerator, dtype, max_sequence_length, folder, **where):
+    """{prompt: TextEmbeds of batch 1 on the CPU} like flux.encode_prompts, for training. More than PROMPTS_IN_MEMORY
+    different prompts go to a TextCache in `folder`, each encoded by one of the processes, and not again on a resume.
+    where: revision, variant, cache_dir."""
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) <= PROMPTS_IN_MEMORY:
+        return flux.encode_prompts(path, prompts, accelerator.device, dtype, max_sequence_length, **where)
+    local = sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+                   for part in flux.TEXT_PARTS for file in Path(path, part).glob("*"))
+    texts = TextCache(folder, repr((str(path), where.get("revision"), where.get("variant"), local, str(dtype),
+                                    max_sequence_length)))
+    missing = [prompt for prompt in prompts[accelerator.process_index :: accelerator.num_processes]
+               if prompt not in texts]
+    if missing:
+        flux.encode_prompts(path, missing, accelerator.device, dtype, max_sequence_length, encoded=texts, **where)
+    accelerator.wait_for_everyone()
+    return texts
+
+
+def write_entry(path, tensors):
+    """Write a safetensors file by rename, so that processes can share the folder and nothing half is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
+    os.replace(scratch, path)
 
 
 def read_entry(path):

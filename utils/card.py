@@ -69,7 +69,8 @@ The settings that sampling needs are stored in the file and read back.
         text += f"\n\n![validation]({picture})\n"
     text += f"\n## Licence\nThe base model's: for FLUX.1-Kontext-dev the [non-commercial licence]({KONTEXT_LICENCE}).\n"
     data = ModelCardData(license="other", license_link=KONTEXT_LICENCE, base_model=args.base_model_id,
-                         library_name="diffusers", pipeline_tag=pipeline_tag, instance_prompt=settings["prompt"],
+                         library_name="diffusers", pipeline_tag=pipeline_tag,
+                         instance_prompt=args.instance_prompt or settings["prompt"],
                          tags=[pipeline_tag, *tags, "diffusers", "lora", "flux", "flux-kontext", "template:sd-lora"])
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
 

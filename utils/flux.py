@@ -133,14 +133,15 @@ OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
 
 
 @torch.no_grad()
-def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, lora_file=None, lora_weight=1.0, **where):
+def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, lora_file=None, lora_weight=1.0,
+                   encoded=None, **where):
     """{prompt: TextEmbeds of batch 1, on the CPU in `dtype`}. Loads the text encoders, and frees them again:
     T5-XXL in bf16 is 9 GB that training has no use for. lora_file: a LoRA whose part for CLIP, if it has one, is
-    applied at `lora_weight`. where: revision, variant, cache_dir."""
+    applied at `lora_weight`. encoded: a mapping that takes the results. where: revision, variant, cache_dir."""
     pipe = load_pipeline(path, dtype, skip=IMAGE_PARTS + OPTIONAL_PARTS, **where).to(device)
     if lora_file:
         lora.load_into_text_encoder(pipe.text_encoder, lora_file, lora_weight)
-    encoded = {}
+    encoded = {} if encoded is None else encoded
     for prompt in dict.fromkeys(prompts):
         states, pooled, _ = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=max_sequence_length)
         encoded[prompt] = TextEmbeds(states, pooled).to("cpu", dtype)

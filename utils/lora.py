@@ -150,8 +150,11 @@ def save(transformer, folder, settings, text_encoder=None):
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
         models = {"transformer": transformer} | ({"text_encoder": text_encoder} if text_encoder else {})
         metadata = _collate_lora_metadata(models)
-        for config in metadata.values():  # sets have no order: sort, or equal runs write unequal files
+        for config in metadata.values():
+            # Sets have no order: sort, or equal runs write unequal files. Dropout is training's: stock diffusers would
+            # go on dropping in inference, as it leaves the layers that it adds in training mode.
             config.update({key: sorted(value) for key, value in config.items() if isinstance(value, set)})
+            config.update({key: 0.0 for key in config if key.endswith("lora_dropout")})
         FluxKontextPipeline.save_lora_weights(
             scratch, **{f"{name}_lora_layers": state_dict(model) for name, model in models.items()}, **metadata)
         written = Path(scratch) / LORA_FILE
@@ -265,6 +268,7 @@ def load(pipe, path, weight=1.0):
     pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name="restoration", metadata=metadata,
                                     _pipeline=pipe)
     pipe.set_adapters("restoration", weight)
+    pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 
 
 def has_text_part(path):

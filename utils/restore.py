@@ -88,14 +88,16 @@ def schedule(settings, steps, image_tokens, scheduler, start_noise):
 
 
 @contextlib.contextmanager
-def evaluating(model):
-    """Inside, the model is in evaluation mode; afterwards as it was."""
-    was_training = model.training
-    model.eval()
+def evaluating(*models):
+    """Inside, the models are in evaluation mode; afterwards as they were."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
 
 
 def draw_noise(shape, seeds):

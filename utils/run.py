@@ -100,6 +100,11 @@ def replace_obsolete(args):
         if getattr(args, name) == "fp16":
             print(f"--{name} fp16: FLUX overflows in fp16, so bf16 is used", flush=True)
             setattr(args, name, "bf16")
+    if args.hub_token and not args.push_to_hub:
+        print("--hub_token does nothing without --push_to_hub", flush=True)
+        args.hub_token = None
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        print(f"--learning_rate {args.learning_rate:g}: Prodigy finds the rate itself and wants 1", flush=True)
     if args.use_8bit_adam and args.optimizer != "adamw":
         print(f"--use_8bit_adam does nothing: --optimizer {args.optimizer} has no 8-bit form", flush=True)
         args.use_8bit_adam = False
@@ -290,6 +295,9 @@ def identity(args, settings, items, num_processes, more=()):
 def resume(args, identity):
     """(step, state) of the checkpoint that --resume_from_checkpoint names, or (0, None) for a new run."""
     path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
+    if path is None and (Path(args.output_dir) / LORA_FILE).exists():
+        raise ValueError(f"--output_dir {args.output_dir} holds a finished LoRA and no sound checkpoint, so a new run "
+                         "would write over it; name another folder")
     return checkpoint.load(path, identity) if path else (0, None)
 
 
