@@ -1,6 +1,9 @@
 """Tiny random models and photographs out of installed packages: no downloads, seconds on one core."""
 
+import copy
+import functools
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
@@ -89,6 +92,43 @@ def tiny_lora(tiny_model, tmp_path_factory):
     lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
         "start_noise": [0.5, 0.5], "guidance_scale": 1.0, "max_sequence_length": 16, "base_model": tiny_model})
     return str(folder)
+
+
+@functools.cache
+def load_once(load, *args, **where):
+    return load(*args, **where)
+
+
+@pytest.fixture(scope="module")
+def models_load_once():
+    """Reading the same tiny model a hundred times is most of what a run costs: hand out copies instead."""
+    from utils import flux
+
+    encode, load = flux.encode_prompts, flux.load_models
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "encode_prompts", lambda path, prompts, *args, **where: load_once(
+            encode, path, tuple(prompts), *args, **where))
+        patch.setattr(flux, "load_models", lambda *args, **where: copy.deepcopy(load_once(load, *args, **where)))
+        yield
+
+
+@pytest.fixture
+def sigterm_in_step(monkeypatch):
+    """sigterm_in_step(script, n): its n-th training step gets a SIGTERM. Returns what takes that back."""
+
+    def arrange(script, number):
+        original, calls = script.training_step, []
+
+        def step(*args):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        monkeypatch.setattr(script, "training_step", step)
+        return lambda: monkeypatch.setattr(script, "training_step", original)
+
+    return arrange
 
 
 def photograph(name="astronaut", size=None):

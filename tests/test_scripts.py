@@ -1,7 +1,5 @@
 """The inference scripts: plain Kontext, with a LoRA, on degraded photographs, and the enhancement demo."""
 
-import copy
-import functools
 import json
 
 import numpy as np
@@ -22,22 +20,7 @@ from utils.restore import STOCK_SETTINGS, restore
 from utils.utils import to_uint8
 
 IMAGE = photograph(size=(32, 48))
-
-
-@functools.cache
-def load_once(load, *args, **where):
-    return load(*args, **where)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_load_once():
-    """Reading the same tiny model a hundred times is most of what a run costs: hand out copies instead."""
-    encode, load = flux.encode_prompts, flux.load_models
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux, "encode_prompts", lambda path, prompts, *args, **where: load_once(
-            encode, path, tuple(prompts), *args, **where))
-        patch.setattr(flux, "load_models", lambda *args, **where: copy.deepcopy(load_once(load, *args, **where)))
-        yield
+pytestmark = pytest.mark.usefixtures("models_load_once")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The test script: restoring files and scoring on clean ones, with a tiny random model."""
 
-import copy
 import csv
-import functools
 import json
 from pathlib import Path
 
@@ -26,22 +24,7 @@ from utils.parse import run_main
 
 ORIENTATION, MAKE = 0x0112, 0x010F
 IMAGE = photograph(size=(32, 48))
-
-
-@functools.cache
-def load_once(load, *args, **where):
-    return load(*args, **where)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_load_once():
-    """Reading the same tiny model a hundred times is most of what a run costs: hand out copies instead."""
-    encode, load = flux.encode_prompts, flux.load_models
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux, "encode_prompts", lambda path, prompts, *args, **where: load_once(
-            encode, path, tuple(prompts), *args, **where))
-        patch.setattr(flux, "load_models", lambda *args, **where: copy.deepcopy(load_once(load, *args, **where)))
-        yield
+pytestmark = pytest.mark.usefixtures("models_load_once")
 
 
 @pytest.fixture

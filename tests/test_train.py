@@ -1,7 +1,6 @@
 """Claims about train_deg_lora_flux_kontext.py, each on a tiny random model."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -110,22 +109,13 @@ def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(tra
     assert len(sizes) > 6 and set(sizes) == {(4, 4)}  # a photograph without target is restored in tiles of 32 px
 
 
-def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, monkeypatch):
-    straight = train("--max_train_steps 5", f"--output_dir {tmp_path / 'straight'}")
-    original = script.training_step
-    calls = []
-
-    def step_with_signal(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(script, "training_step", step_with_signal)
+def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, sigterm_in_step):
+    straight = train(f"--max_train_steps 5 --output_dir {tmp_path / 'straight'}")
+    undo = sigterm_in_step(script, 2)
     flags = f"--max_train_steps 5 --checkpointing_steps 0 --output_dir {tmp_path / 'stopped'}"
     assert train(flags) == 128 + signal.SIGTERM
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "stopped")] == [2]
-    monkeypatch.setattr(script, "training_step", original)
+    undo()
     assert train(flags, "--resume_from_checkpoint latest") == straight
 
 

@@ -1,7 +1,6 @@
 """Claims about train_dreambooth_lora_flux_kontext.py, each on a tiny random model."""
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -89,21 +88,13 @@ def test_resumed_run_equals_straight_run_to_the_bit(train, tmp_path, flags):
     assert resumed == straight
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, monkeypatch):
-    straight = train(f"--max_train_steps 4 --output_dir {tmp_path / 'straight'}")
-    original, calls = script.training_step, []
-
-    def step_with_signal(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(script, "training_step", step_with_signal)
-    flags = f"--max_train_steps 4 --checkpointing_steps 0 --output_dir {tmp_path / 'stopped'}"
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, sigterm_in_step):
+    straight = train(f"--max_train_steps 5 --output_dir {tmp_path / 'straight'}")
+    undo = sigterm_in_step(script, 2)
+    flags = f"--max_train_steps 5 --checkpointing_steps 0 --output_dir {tmp_path / 'stopped'}"
     assert train(flags) == 128 + signal.SIGTERM
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "stopped")] == [2]
-    monkeypatch.setattr(script, "training_step", original)
+    undo()
     assert train(flags, "--resume_from_checkpoint latest") == straight
 
 
