@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from diffusers.training_utils import free_memory
 
-from utils import lora
+from utils import adaln, lora, quantise
 
 PATCH = 2  # latents are packed 2 x 2 into one token
 
@@ -82,21 +82,17 @@ def read_bnb_config(path):
     return options
 
 
-def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=(), bnb_options=None):
-    """Stock FluxKontextPipeline without the components named in `skip`, its transformer quantised by bitsandbytes where
-    `bnb_options` (see read_bnb_config) are given. ValueError with the cure where the hub says
-    no: no network, a gated model without a token, a name that does not exist."""
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=(), bnb_options=None,
+                  base_precision="bf16"):
+    """Stock FluxKontextPipeline without the components named in `skip`, its transformer quantised where `bnb_options`
+    (see read_bnb_config) or `base_precision` (see utils/quantise.py) say so. ValueError with the cure where the hub
+    says no: no network, a gated model without a token, a name that does not exist."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     check_model(path)
-    quantization = {}
-    if bnb_options:
-        from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
-
-        compute = {"bnb_4bit_compute_dtype": dtype} if bnb_options.get("load_in_4bit") else {}
-        config = BitsAndBytesConfig(**(compute | bnb_options))
-        quantization = {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": config})}
+    config = quantise.pipeline_config(base_precision, bnb_options, dtype)
+    quantization = {"quantization_config": config} if config else {}
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar a component buries the one that counts
     with fetching(path):
@@ -162,14 +158,20 @@ def stack_text(encoded, prompts, device, dtype):
     return TextEmbeds(torch.cat([t.prompt for t in items]), torch.cat([t.pooled for t in items])).to(device, dtype)
 
 
-def load_models(path, device, dtype, **where):
+def load_models(path, device, dtype, transformer_device=None, tables=None, **where):
     """The pipeline with only VAE, transformer and scheduler, frozen, in evaluation mode, on `device` in `dtype`
-    (fp32 or bf16: FLUX's VAE overflows fp16). where: revision, variant, cache_dir, bnb_options."""
+    (fp32 or bf16: FLUX's VAE overflows fp16). transformer_device: another one for the transformer, the CPU before block
+    offload. tables: (sigmas, guidance, pooled) of adaln.build. where: revision, variant, cache_dir, bnb_options,
+    base_precision."""
     pipe = load_pipeline(path, dtype, skip=TEXT_PARTS + OPTIONAL_PARTS, **where)
+    if tables:  # before the layers that they replace would be moved
+        adaln.build(pipe.transformer, *tables, device, dtype)
+    pipe.vae.to(device)
+    if not where.get("bnb_options"):  # bitsandbytes has put it on the GPU already
+        pipe.transformer.to(transformer_device or device)
     for model in (pipe.vae, pipe.transformer):
-        if not getattr(model, "is_quantized", False):  # bitsandbytes has put it on the GPU already
-            model.to(device)
         model.eval().requires_grad_(False)
+    quantise.keep_packed(pipe.transformer)
     return pipe
 
 
@@ -193,6 +195,11 @@ def latent_scale(vae):
 def size_multiple(vae):
     """Image sides must be multiples of this many pixels (16 for FLUX): whole latents in whole tokens."""
     return latent_scale(vae) * PATCH
+
+
+def image_tokens(vae, sizes):
+    """Tokens of the largest of the images of `sizes` (height, width) in px."""
+    return max(height * width for height, width in sizes) // size_multiple(vae) ** 2
 
 
 def check_sizes(vae, sizes):
@@ -256,9 +263,11 @@ def token_ids(height, width, first, device):
 def predict_velocity(transformer, latents, sigma, references, text, guidance_scale):
     """Velocity (B, C, h, w) that the transformer predicts for `latents` at noise level `sigma`.
 
-    latents: (B, C, h, w). sigma: (B,) in [0, 1]. references: reference latents (B, C, h', w'), a list of them, each of
-    its own size, or None; the i-th stands at the positions (i, row, column), i from 1 (Labs et al. 2025, FLUX.1
-    Kontext). text: TextEmbeds of batch B. The transformer's own dtype is used for everything it reads."""
+    latents: (B, C, h, w). sigma: (B,) in [0, 1], best on the CPU, where AdaLN tables (utils.adaln) read it without
+    waiting for the device. references: reference latents (B, C, h', w'), a list of them, each of its own size, or None;
+    the i-th stands at the positions (i, row, column), i from 1 (Labs et al. 2025, FLUX.1 Kontext). text: TextEmbeds of
+    batch B. The transformer's own dtype is used for everything it reads."""
+    adaln.select(transformer, sigma, guidance_scale)
     dtype = text.prompt.dtype
     height, width = latents.shape[-2:]
     references = [references] if isinstance(references, torch.Tensor) else references or []
@@ -270,7 +279,7 @@ def predict_velocity(transformer, latents, sigma, references, text, guidance_sca
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
     prediction = transformer(
         hidden_states=tokens.to(dtype),
-        timestep=sigma,
+        timestep=sigma.to(latents.device, non_blocking=True),
         guidance=guidance,
         encoder_hidden_states=text.prompt,
         pooled_projections=text.pooled,

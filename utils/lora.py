@@ -268,6 +268,7 @@ def load(pipe, path, weight=1.0):
     pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name="restoration", metadata=metadata,
                                     _pipeline=pipe)
     pipe.set_adapters("restoration", weight)
+    compute_in_input_dtype(pipe.transformer)  # the numerics of training
     pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 
 

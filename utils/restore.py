@@ -160,11 +160,9 @@ def sample_latents(pipe, start, references, text, settings, steps, start_noise=1
     z = start
     positions, sigmas = schedule(settings, steps, z.shape[-2] * z.shape[-1] // flux.PATCH**2, pipe.scheduler,
                                  start_noise)
-    dtype = text.prompt.dtype
     for i in range(steps):
-        told = torch.full((len(z),), sigmas[i], device=z.device)
-        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):  # the numerics of training
-            velocity = flux.predict_velocity(pipe.transformer, z, told, references, text, settings["guidance_scale"])
+        told = torch.full((len(z),), sigmas[i])
+        velocity = flux.predict_velocity(pipe.transformer, z, told, references, text, settings["guidance_scale"])
         draw = bridge[i].to(z) if i < len(bridge) else None
         z = fm.flow_step(z, velocity.float(), sigmas[i], sigmas[i + 1], positions[i], positions[i + 1],
                          settings["bridge_noise"], draw)

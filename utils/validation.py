@@ -65,8 +65,7 @@ def fixed_sigma_loss(pipe, target, control, text, settings, seeds):
         s = torch.full_like(k, position)
         z, sigma, velocity = fm.flow_path(target, control, noise, s, k, settings["bridge_noise"])
         reference = control if settings["reference_tokens"] else None
-        with torch.autocast(z.device.type, text.prompt.dtype, enabled=text.prompt.dtype != torch.float32):
-            predicted = flux.predict_velocity(pipe.transformer, z, sigma, reference, text, settings["guidance_scale"])
+        predicted = flux.predict_velocity(pipe.transformer, z, sigma, reference, text, settings["guidance_scale"])
         total += (predicted.float() - velocity).square().mean().item()
     return total / len(LOSS_POSITIONS)
 
