@@ -8,6 +8,7 @@ k is --start_noise: 1 is stock Kontext (noise to image, c in the reference token
         --hr_root photos --heldout_root heldout --degradation_types downsample,noise,blur --max_train_steps 3000
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
-from utils import checkpoint, flux, lora, run, validation
+from utils import checkpoint, flux, lora, placement, run, speed, validation
 from utils import flow_matching as fm
 from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_model_card
 from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
 from utils.parse import make_parser, run_main
 from utils.restore import make_settings
+
+FLUX_LATENT_PX = 8  # side of a latent, for the memory prediction, before the VAE is there to ask
 
 
 def parse_args(argv=None):
@@ -41,6 +44,7 @@ def parse_args(argv=None):
     lora.add_lora_args(parser)
     run.add_optimizer_args(parser)
     run.add_training_args(parser)
+    placement.add_placement_args(parser)
     validation.add_validation_args(parser)
     args = parser.parse_args(argv)
 
@@ -49,6 +53,7 @@ def parse_args(argv=None):
     fm.check_flow_args(args)
     lora.check_lora_args(args)
     check_perceptual_args(args)
+    placement.check_placement_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
     fixed_crop = args.center_crop and not args.random_flip and len(set(parse_range(args.crop_zoom, "--crop_zoom"))) == 1
     if args.cache_latents and not fixed_crop:
@@ -78,6 +83,8 @@ def training_step(pipe, transformer, perceptual, batch, text, args):
     noise, *vae_noise = (torch.stack([torch.randn(shape, generator=generator) for generator in generators])
                          .to(device, non_blocking=True) for _ in range(3 if args.vae_encode_mode == "sample" else 1))
     boxes = crop_boxes(*shape[1:], args.perceptual_crop, generators)
+    s, k = torch.tensor(s), torch.tensor(k)
+    told = s * torch.where(k == 0, 1.0, k)  # sigma, on the CPU, where it is known without waiting for the device
 
     with torch.no_grad():
         if args.cache_latents:
@@ -85,16 +92,14 @@ def training_step(pipe, transformer, perceptual, batch, text, args):
         else:
             target = flux.encode(pipe.vae, batch["target"], *vae_noise[:1])
         control = flux.encode(pipe.vae, batch["control"], *vae_noise[1:])
-        z, sigma, velocity = fm.flow_path(target, control, noise, torch.tensor(s, device=device),
-                                          torch.tensor(k, device=device), args.bridge_noise)
+        z, sigma, velocity = fm.flow_path(target, control, noise, s.to(device), k.to(device), args.bridge_noise)
 
     reference = control if args.reference_tokens else None
-    prediction = flux.predict_velocity(transformer, z, sigma, reference, text, args.guidance_scale)
+    prediction = flux.predict_velocity(transformer, z, told, reference, text, args.guidance_scale)
     losses = {"flow": fm.weighted_mse(prediction, velocity, fm.loss_weight(args.weighting_scheme, sigma))}
     if perceptual is not None:
-        levels = [position * (share or 1.0) for position, share in zip(s, k, strict=True)]
         losses["perceptual"] = args.perceptual_loss_weight * perceptual_loss(
-            perceptual, pipe.vae, z, prediction, velocity, levels, batch["target"], boxes,
+            perceptual, pipe.vae, z, prediction, velocity, told.tolist(), batch["target"], boxes,
             args.perceptual_loss_target, args.perceptual_max_sigma)
     return losses
 
@@ -108,27 +113,31 @@ def main(args):
 
     accelerator, dtype = run.make_accelerator(args)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
-    settings = make_settings(args)
+    settings, device = make_settings(args), accelerator.device
+    validation_prompt = args.validation_prompt or args.instance_prompt
+    prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]
+    largest = max(dataset.buckets, key=math.prod)
+    decode_px = args.perceptual_crop * FLUX_LATENT_PX if args.perceptual_loss else 0
+    plan = placement.plan(args, device, dtype, [largest] * (1 + args.reference_tokens), prompts, decode_px=decode_px)
     identity = run.identity(args, settings, len(dataset), accelerator.num_processes,
                             more=("degradation_types", "degradation_preset"))
+    identity["base_precision"] = plan.base_precision
     step, state = run.resume(args, identity)
     run.start_run(accelerator, args, step, "flux-kontext-restoration")
     if accelerator.is_main_process and step == 0:
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
-    device = accelerator.device
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    validation_prompt = args.validation_prompt or args.instance_prompt
-    prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]
     encoded = encode_all(args.pretrained_model_name_or_path, prompts, accelerator, dtype, args.max_sequence_length,
                          Path(args.output_dir) / "text_cache", **where)
-    pipe = flux.load_models(args.pretrained_model_name_or_path, device, dtype, **where)
+    pipe = placement.load(args.pretrained_model_name_or_path, args, plan, device, dtype, settings,
+                          encoded[validation_prompt].pooled, **where)
     flux.check_sizes(pipe.vae, dataset.buckets)
     lora_parameters = lora.attach(pipe.transformer, args.rank, args.lora_alpha, args.lora_dropout, args.lora_layers,
                                   args.use_dora, args.use_rslora, args.seed)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+    tokens = args.max_sequence_length + (1 + args.reference_tokens) * flux.image_tokens(pipe.vae, dataset.buckets)
+    placement.prepare(pipe.transformer, args, plan, tokens, device, dtype)
     perceptual = None
     if args.perceptual_loss:
         perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to(device)
@@ -162,7 +171,7 @@ def main(args):
 
     def validate():
         if accelerator.is_main_process and (heldout or extra_images):
-            with run.evaluation_weights(optimizer, ema, lora_parameters):
+            with run.evaluation_weights(optimizer, ema, lora_parameters), speed.eagerly():
                 grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
                 steps = args.num_inference_steps or validation.default_steps(settings)
                 scores = validation.validate(pipe, heldout, validation_text, settings, steps, args.seed, grid,

@@ -28,7 +28,7 @@ from my_dataset.dataset_dreambooth import (
     plan_class_images,
 )
 from my_dataset.prompts import tokenize_prompt
-from utils import checkpoint, flux, lora, run, validation
+from utils import checkpoint, flux, lora, placement, run, speed, validation
 from utils import flow_matching as fm
 from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_dreambooth_card
@@ -42,8 +42,6 @@ SUBJECT_IMAGES = 64  # at most so many, evenly spread, are what generated images
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     flux.add_model_args(parser)
-    parser.add_argument("--bnb_quantization_config_path", help="JSON file with bitsandbytes options: the frozen "
-                        "transformer is quantised by them; needs a CUDA GPU")
     parser.add_argument("--offload", action="store_true", help="keep the VAE on the CPU while it is not used (the text "
                         "encoders never stay)")
     add_data_args(parser)
@@ -60,6 +58,7 @@ def parse_args(argv=None):
     group.add_argument("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="its weight decay")
     run.add_optimizer_args(parser)
     run.add_training_args(parser)
+    placement.add_placement_args(parser)
     group = validation.add_schedule_args(parser)
     group.add_argument("--validation_image", nargs="+", default=[], help="edit training: image to edit, or several "
                        "references; --validation_prompt says how")
@@ -86,11 +85,7 @@ def parse_args(argv=None):
         writable_folder(args.class_data_dir, "--class_data_dir")
     if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
         print("--class_data_dir and --class_prompt do nothing without --with_prior_preservation", flush=True)
-    args.bnb_options = None
-    if args.bnb_quantization_config_path:
-        args.bnb_options = flux.read_bnb_config(args.bnb_quantization_config_path)
-        if not torch.cuda.is_available():
-            raise ValueError("--bnb_quantization_config_path: bitsandbytes quantises on a CUDA GPU only; leave it out")
+    placement.check_placement_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
     run.check_output_dir(args)
     return args
@@ -108,8 +103,8 @@ def training_step(pipe, transformer, text_encoder, batch, text, args):
     # Everything is drawn on the CPU: an item's numbers are the same on any device, rank and worker.
     images = [batch["target"], *batch["references"]]
     shapes = [flux.latent_shape(pipe.vae, *image.shape[-2:]) for image in images]
-    sigma = torch.tensor([fm.draw_position(generator, "table", args.weighting_scheme, args.logit_mean, args.logit_std,
-                                           args.mode_scale) for generator in generators], device=device)
+    told = torch.tensor([fm.draw_position(generator, "table", args.weighting_scheme, args.logit_mean, args.logit_std,
+                                          args.mode_scale) for generator in generators])  # sigma, on the CPU
     draws = shapes[:1] + (shapes if args.vae_encode_mode == "sample" else [])
     noise, *vae_noise = (torch.stack([torch.randn(shape, generator=generator) for generator in generators])
                          .to(device, non_blocking=True) for shape in draws)
@@ -123,12 +118,13 @@ def training_step(pipe, transformer, text_encoder, batch, text, args):
             with flux.on_device(pipe.vae, device, args.offload):
                 latents = [flux.encode(pipe.vae, image, draw) for image, draw in pairs]
         target, *references = latents
-        z, sigma, velocity = fm.flow_path(target, target, noise, sigma, torch.ones_like(sigma))
+        s = told.to(device, non_blocking=True)
+        z, sigma, velocity = fm.flow_path(target, target, noise, s, torch.ones_like(s))
 
     if text_encoder is not None:
         tokens = tokenize_prompt(pipe.tokenizer, batch["prompt"], pipe.tokenizer.model_max_length)
         text.pooled = text_encoder(tokens.to(device)).pooler_output.to(text.prompt.dtype)
-    prediction = flux.predict_velocity(transformer, z, sigma, references, text, args.guidance_scale)
+    prediction = flux.predict_velocity(transformer, z, told, references, text, args.guidance_scale)
     weight = fm.loss_weight(args.weighting_scheme, sigma)
     if not args.with_prior_preservation:
         return {"flow": fm.weighted_mse(prediction, velocity, weight)}
@@ -168,32 +164,34 @@ def main(args):
         "reference_tokens": references > 0, "references": references,
         "resolution": args.resolution if len(dataset.buckets) == 1 else None,
     }
+    device = accelerator.device
+    prompts = [example.prompt or args.instance_prompt for example in dataset.examples] + [validation_prompt]
+    prompts += [item["prompt"] for item in heldout] + [""] * (args.caption_dropout > 0)
+    prompts += [args.class_prompt] * args.with_prior_preservation
+    plan = placement.plan(args, device, dtype, dataset.largest_sizes(), prompts, args.train_text_encoder)
     lasting = {name: value for name, value in settings.items() if name != "prompt"}  # that is validation's
     identity = run.identity(args, lasting, len(dataset), accelerator.num_processes, more=(
         "train_text_encoder", "with_prior_preservation", "cond_resolution", "cache_latents", "repeats", "random_flip",
         "center_crop", "caption_dropout", "class_prompt", "prior_loss_weight"))
-    identity["data"] = dataset.fingerprint()
+    identity |= {"data": dataset.fingerprint(), "base_precision": plan.base_precision}
     step, state = run.resume(args, identity)
     run.start_run(accelerator, args, step, "flux-kontext-dreambooth")
     if accelerator.is_main_process and step == 0:
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
-    path, device = args.pretrained_model_name_or_path, accelerator.device
+    path = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     side_px = max(math.isqrt(height * width) for height, width in dataset.buckets) // 16 * 16
-    quantised = args.bnb_options if args.prior_generation_precision is None else None
+    precision = placement.precision(args, plan) if args.prior_generation_precision is None else {}
     generate_class_images(path, args.class_prompt, mine, side_px, args.sample_batch_size, args.seed, device,
-                          generation_dtype, args.max_sequence_length, quantised, **where)
+                          generation_dtype, args.max_sequence_length, precision, **where)
     accelerator.wait_for_everyone()
-    prompts = [example.prompt or args.instance_prompt for example in dataset.examples] + [validation_prompt]
-    prompts += [item["prompt"] for item in heldout] + [""] * (args.caption_dropout > 0)
-    prompts += [args.class_prompt] * args.with_prior_preservation
     encoded = encode_all(path, prompts, accelerator, dtype, args.max_sequence_length,
                          Path(args.output_dir) / "text_cache", **where)
-    pipe = flux.load_models(path, device, dtype, bnb_options=args.bnb_options, **where)
+    pipe = placement.load(path, args, plan, device, dtype, settings, encoded[validation_prompt].pooled, **where)
     flux.check_sizes(pipe.vae, dataset.buckets)
     if args.offload:
         pipe.vae.to("cpu")
@@ -209,8 +207,8 @@ def main(args):
         rate = {} if args.optimizer == "prodigy" or not args.text_encoder_lr else {"lr": args.text_encoder_lr}
         groups.append({"params": text_parameters, "weight_decay": args.adam_weight_decay_text_encoder} | rate)
         parameters = parameters + text_parameters
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+    tokens = args.max_sequence_length + (1 + references) * flux.image_tokens(pipe.vae, dataset.buckets)
+    placement.prepare(pipe.transformer, args, plan, tokens, device, dtype)
 
     optimizer = run.make_optimizer(groups, args, accelerator.num_processes)
     lr_scheduler = run.make_lr_scheduler(optimizer, args)
@@ -255,7 +253,7 @@ def main(args):
         if accelerator.is_main_process and is_validated:
             grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
             steps = args.num_inference_steps or validation.default_steps(settings)
-            with (run.evaluation_weights(optimizer, ema, parameters), evaluating(*models.values()),
+            with (run.evaluation_weights(optimizer, ema, parameters), evaluating(*models.values()), speed.eagerly(),
                   flux.on_device(pipe.vae, device, args.offload)):
                 text = encode_live(validation_prompt)
                 if references:

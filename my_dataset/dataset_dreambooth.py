@@ -153,6 +153,12 @@ class DreamBoothDataset(Dataset):
     def __len__(self):
         return len(self.bucket_of)
 
+    def largest_sizes(self):
+        """((height, width) of the target, then of each reference) of the items with the most pixels."""
+        sizes = [(target, *(references or [target] * len(example.references)))
+                 for example, (target, references) in zip(self.examples, self.size_of, strict=True)]
+        return max(sizes, key=lambda of: sum(height * width for height, width in of))
+
     def fingerprint(self):
         """Tells one set of images and captions from another, by names without folders, captions and order."""
         items = [(Path(example.name).name, example.prompt or self.prompt) for example in self.examples]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_lora_flux_kontext as script
 from tests.conftest import PROJECT_ROOT, photograph
-from utils import cache, checkpoint, flux, lora, run, validation
+from utils import cache, checkpoint, flux, lora, placement, run, validation
 from utils.generate import generate
 
 SHORT = ("--resolution 32 --train_batch_size 2 --max_sequence_length 8 --report_to none --num_inference_steps 1 "
@@ -494,7 +494,8 @@ def test_a_bitsandbytes_file_reaches_the_transformer_alone(tiny_model, tmp_path,
         return SimpleNamespace(vae=torch.nn.Linear(1, 1), transformer=torch.nn.Linear(1, 1))
 
     monkeypatch.setattr(FluxKontextPipeline, "from_pretrained", record)
-    flux.load_models(tiny_model, "cpu", torch.bfloat16, bnb_options=args.bnb_options)
+    plan = placement.plan(args, torch.device("cpu"), torch.bfloat16, [(512, 512)], ["p"])
+    placement.load(tiny_model, args, plan, "cpu", torch.bfloat16, {}, None)
     mapping = given["quantization_config"].quant_mapping
     assert mapping.keys() == {"transformer"} and mapping["transformer"].bnb_4bit_quant_type == "nf4"
     assert mapping["transformer"].load_in_4bit and mapping["transformer"].bnb_4bit_compute_dtype == torch.bfloat16

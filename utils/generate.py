@@ -31,14 +31,14 @@ def generate(pipe, text, references, settings, steps, height, width, seeds):
 
 
 def generate_class_images(path, prompt, files, side_px, batch_size, seed, device, dtype, max_sequence_length,
-                          bnb_options=None, **where):
+                          precision, **where):
     """Generate the class images `files`, side_px square PNGs, with the base model at `path`; each is written by rename
-    and is a function of its name, `prompt` and `seed` alone. where: revision, variant, cache_dir; bnb_options: as for
-    flux.load_pipeline."""
+    and is a function of its name, `prompt` and `seed` alone. precision: from
+    placement.precision. where: revision, variant, cache_dir."""
     if not files:
         return
     text = flux.encode_prompts(path, [prompt], device, dtype, max_sequence_length, **where)[prompt].to(device, dtype)
-    pipe = flux.load_models(path, device, dtype, bnb_options=bnb_options, **where)
+    pipe = flux.load_models(path, device, dtype, **precision, **where)
     settings = STOCK_SETTINGS | {"guidance_scale": CLASS_GUIDANCE}
     for i in tqdm(range(0, len(files), batch_size), desc="class images", unit="batch", disable=None):
         names = files[i:i + batch_size]

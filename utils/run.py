@@ -227,7 +227,7 @@ def log_metrics(accelerator, output_dir, values, step):
 
 
 def make_optimizer(parameters, args, num_processes):
-    """Optimizer over the LoRA's fp32 masters, by --optimizer and --use_8bit_adam."""
+    """Optimizer over the LoRA's fp32 masters, by --optimizer and --use_8bit_adam. parameters: a list, or groups."""
     rate = args.learning_rate
     if args.scale_lr:
         rate *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
@@ -247,7 +247,8 @@ def make_optimizer(parameters, args, num_processes):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **common)
-    return torch.optim.AdamW(parameters, **common)
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    return torch.optim.AdamW(parameters, fused=first.is_cuda or None, **common)  # one launch for all of them
 
 
 def make_lr_scheduler(optimizer, args):

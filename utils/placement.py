@@ -1,0 +1,64 @@
+"""Load the models of a training run as its memory plan says, and make the transformer ready for the loop."""
+
+import argparse
+
+from utils import adaln, flux, memory, offload, quantise, speed
+from utils.checkpointing import enable_checkpointing
+
+
+def add_placement_args(parser):
+    """What goes where, in which precision, and how fast: the options of plan, load and prepare."""
+    memory.add_memory_args(parser)
+    quantise.add_quantisation_args(parser)
+    speed.add_speed_args(parser)
+    parser.add_argument("--adaln_tables", action=argparse.BooleanOptionalAction, default=None,
+                        help="look up what modulates the norms instead of computing it: a quarter of FLUX's weights "
+                        "leave the GPU; one prompt, bf16; default: where --memory needs it")
+
+
+def check_placement_args(args):
+    """Refuse what this machine cannot do. ValueError names the flag."""
+    quantise.check_quantisation_args(args)
+
+
+def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_px=0):
+    """The memory.Plan of a run, printed. sizes: ((height, width) of the largest target, then of each reference), px.
+    prompts: all that are used. ValueError where flags contradict each other, or nothing fits the GPU."""
+    reason = adaln.obstacle(dtype, prompts, args.lora_layers, train_text_encoder)
+    if args.adaln_tables and reason:
+        raise ValueError(f"--adaln_tables: {reason}")
+    fixed = {"checkpointing": "full"} if args.gradient_checkpointing else {}
+    if args.bnb_options or args.base_precision != "bf16":
+        eight_bit = args.bnb_options and not args.bnb_options.get("load_in_4bit")
+        fixed["base_precision"] = "int8" if eight_bit else args.base_precision if not args.bnb_options else "nf4"
+    if args.adaln_tables is not None:
+        fixed["adaln_tables"] = args.adaln_tables
+    return memory.plan_run(args, device, dtype, sizes, tables_possible=reason is None, fixed=fixed,
+                           decode_px=decode_px)
+
+
+def load(path, args, plan, device, dtype, settings, pooled, **where):
+    """flux.load_models as `plan` says. pooled: (1, P), the one prompt's CLIP state, for AdaLN tables."""
+    tables = (adaln.every_sigma(settings), args.guidance_scale, pooled) if plan.adaln_tables else None
+    return flux.load_models(path, device, dtype, tables=tables, **precision(args, plan), **where,
+                            transformer_device="cpu" if plan.offload_blocks else None)
+
+
+def precision(args, plan):
+    """The options of flux.load_models that quantise the transformer. bitsandbytes leaves out what tables replace."""
+    bnb_options = args.bnb_options or (quantise.NF4 if plan.base_precision == "nf4" else None)
+    if bnb_options and plan.adaln_tables:
+        bnb_options = bnb_options | {"llm_int8_skip_modules": adaln.MODULES}
+    return {"bnb_options": bnb_options, "base_precision": plan.base_precision}
+
+
+def prepare(transformer, args, plan, tokens, device, dtype):
+    """With the LoRA attached: move blocks out, set checkpointing and the attention kernel, compile. tokens: of the
+    longest sequence of one image."""
+    offload.ignore_frozen(transformer)
+    if plan.offload_blocks:
+        offload.BlockOffload(transformer, device, plan.resident_blocks)
+    enable_checkpointing(transformer, "offload" if plan.offload_activations else plan.checkpointing)
+    speed.choose_attention(transformer, args.attention_backend, tokens, device, dtype)
+    if speed.wants_compile(args, device):
+        speed.compile_blocks(transformer)
