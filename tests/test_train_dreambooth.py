@@ -127,7 +127,8 @@ DEPARTURES = {"seed": 0, "optimizer": "adamw", "local_rank": None, "enable_npu_f
               "upcast_before_saving": None, "validation_image": []}
 OURS = ["caption_dropout", "bnb_quantization_config_path", "offload", "skip_final_inference", "cond_data_dir",
         "cond_resolution", "heldout_data_dir", "heldout_cond_data_dir", "use_ema", "use_dora", "use_rslora",
-        "ema_decay", "validation_steps", "num_inference_steps", "logging_steps", "lr_step_rules", "max_pixels"]
+        "ema_decay", "memory", "memory_limit", "base_precision", "adaln_tables", "compile", "attention_backend",
+        "validation_steps", "num_inference_steps", "logging_steps", "lr_step_rules", "max_pixels"]
 
 
 def test_every_option_of_the_official_script_is_there_with_its_default(tiny_model, tmp_path, monkeypatch):
@@ -172,11 +173,12 @@ ELSEWHERE = {
     "push_to_hub", "hub_token", "hub_model_id", "local_rank", "enable_npu_flash_attention", "upcast_before_saving",
     "bnb_quantization_config_path", "offload", "skip_final_inference", "heldout_data_dir", "heldout_cond_data_dir",
     "validation_steps", "num_inference_steps", "logging_steps", "max_pixels",
+    "memory", "memory_limit", "base_precision", "adaln_tables", "compile", "attention_backend",  # test_placement.py
 }
 
 
 def test_every_option_is_turned_on_by_a_test_of_this_file():
-    given = set(re.findall(r"--(\w+)", Path(__file__).read_text(encoding="utf-8")))
+    given = set(re.findall(r"--(?:no-)?(\w+)", Path(__file__).read_text(encoding="utf-8")))
     changing = set(re.findall(r"--(\w+)", " ".join(option for _, option in CHANGES)))
     for name in [*OFFICIAL, *DEPARTURES, *OURS]:
         assert name in given and name in changing | ELSEWHERE, name
@@ -220,7 +222,9 @@ def test_every_option_changes_the_result(train, tmp_path, base_weights, base, op
     "--dataloader_num_workers 2", "--local_rank 0 --enable_npu_flash_attention --upcast_before_saving",
     "--validation_prompt sks --num_validation_images 1 --validation_steps 1 --num_inference_steps 2",
     "--checkpointing_steps 1 --checkpoints_total_limit 1 --logging_steps 1", "--max_pixels 10000000",
-    "--logging_dir tracks --report_to tensorboard", "--class_prompt unused", "--num_train_epochs 9"])
+    "--logging_dir tracks --report_to tensorboard", "--class_prompt unused", "--num_train_epochs 9",
+    "--memory offload --memory_limit 9 --base_precision bf16 --no-adaln_tables --no-compile "
+    "--attention_backend native"])
 def test_options_that_are_about_other_things_leave_the_result_alone(train, tmp_path, plain_weights, flags):
     train("--max_train_steps 3", flags)
     weights = load_file(tmp_path / "out" / lora.LORA_FILE)
