@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup_env.sh"
 cd "$ROOT"
 
 "$PYTHON" -m ruff check .
-HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest "$@"
+# Two processes; the tests of one file stay together, since some of them open network ports.
+HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
