@@ -106,7 +106,7 @@ def check_args(args):
     check_least(args, num_images=1, crops_per_image=1, max_pixels=1, max_images=1, crop_px=0, grid_images=0)
     if Path(args.suffix).name != args.suffix:
         raise ValueError(f"--suffix {args.suffix}: a part of a file name, without folders")
-    check_restoration_args(args)
+    check_restoration_args(args, has_base_row=bool(args.clean) and args.base_row)
 
 
 def restore_files(args, settings, steps, start_noise, device, dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import data, large_image, start_noise, train_step
+from bench import data, inference, large_image, start_noise, train_step
 from utils.parse import run_main
 
 FOLDERS = ["--output", "out", "--train_root", "a", "--heldout_root", "b"]
@@ -16,6 +16,10 @@ FOLDERS = ["--output", "out", "--train_root", "a", "--heldout_root", "b"]
     (large_image, ["--height", "16", "--width", "16", "--num_inference_steps", "0"], "--num_inference_steps 0"),
     (train_step, ["--steps", "0"], "--steps 0: give 1 or more"),
     (train_step, ["--train_batch_size", "0"], "--train_batch_size 0: give 1 or more"),
+    (inference, ["--lora", "x", "--rounds", "0"], "--rounds 0: give 1 or more"),
+    (inference, ["--lora", "x", "--steps", "4", "0"], "--steps 0: give 1 or more"),
+    (inference, ["--lora", "x", "--tile_batches", "0"], "--tile_batches 0: give 1 or more"),
+    (inference, ["--lora", "x", "--tile", "8"], "--tile 8: give 16 or more"),
     (start_noise, [*FOLDERS, "--steps", "19"], "--steps 19: give 20 or more"),
     (start_noise, [*FOLDERS, "--heldout_images", "0"], "--heldout_images 0: give 1 or more"),
     (start_noise, [*FOLDERS, "--score_px", "0"], "--score_px 0: give 1 or more"),

@@ -26,12 +26,12 @@ def randomise(transformer, seed=1):
 
 
 @torch.no_grad()
-def predict(transformer):
+def predict(transformer, dtype=torch.float32):
     generator = torch.Generator().manual_seed(2)
     z, control = (torch.randn(1, 16, 4, 6, generator=generator) for _ in range(2))
     text = flux.TextEmbeds(torch.randn(1, 5, 16, generator=generator), torch.randn(1, 16, generator=generator))
     transformer.eval()
-    return flux.predict_velocity(transformer, z, torch.tensor([0.6]), control, text, 1.0)
+    return flux.predict_velocity(transformer, z, torch.tensor([0.6]), control, text.to("cpu", dtype), 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +385,42 @@ def test_attached_fp32_loras_compute_as_pefts_own(tiny_pipe, monkeypatch):
         module.__dict__.pop("forward", None)
         module.__dict__.pop("cast_input_dtype_enabled", None)
     assert torch.equal(predict(tiny_pipe.transformer), ours)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_predicts_the_same_without_a_lora_layer(tiny_pipe, tiny_model, tmp_path, kind, weight):
+    from peft.tuners.lora import LoraLayer
+
+    lora.attach(tiny_pipe.transformer, rank=4, **KINDS[kind])
+    randomise(tiny_pipe.transformer)
+    path = lora.save(tiny_pipe.transformer, tmp_path, SETTINGS)
+    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
+    base, names = predict(pipe.transformer), list(pipe.transformer.state_dict())
+    lora.load(pipe, path, weight)
+    expected = predict(pipe.transformer)
+    lora.merge(pipe.transformer)
+    torch.testing.assert_close(predict(pipe.transformer), expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 1e-2
+    assert list(pipe.transformer.state_dict()) == names and not hasattr(pipe.transformer, "peft_config")
+    assert not any(isinstance(module, LoraLayer) for module in pipe.transformer.modules())
+
+
+def test_bf16_weights_with_a_lora_merged_in_are_the_fp32_sums_rounded_once(tiny_pipe, tiny_model, tiny_lora):
+    """The prediction may be further from fp32's than the unmerged one's by what the two roundings differ."""
+    pipe = flux.load_models(tiny_model, "cpu", torch.bfloat16)
+    lora.load(pipe, tiny_lora)
+    lora.load(tiny_pipe, tiny_lora)
+    expected = predict(tiny_pipe.transformer)
+
+    def error():
+        return (predict(pipe.transformer, torch.bfloat16).float() - expected).norm() / expected.norm()
+
+    unmerged = error()
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    a, b = (part["restoration"].weight.float() for part in (layer.lora_A, layer.lora_B))
+    exact = layer.base_layer.weight.float() + b @ a
+    lora.merge(pipe.transformer)
+    assert torch.equal(pipe.transformer.transformer_blocks[0].attn.to_q.weight, exact.bfloat16())
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+    assert 0 < error() < 1.5 * unmerged

@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image, ImageCms
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 import test_deg_lora_flux_kontext as script
 from my_dataset.dataset_deg_paired import to_tensor
@@ -19,7 +21,7 @@ from my_dataset.scored_pairs import crop_boxes
 from scripts.make_tiny_kontext import load_sample
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
-from utils import flux, lora, restore, score, session
+from utils import flux, lora, restore, score, session, speed
 from utils.parse import run_main
 
 ORIENTATION, MAKE = 0x0112, 0x010F
@@ -215,6 +217,73 @@ def test_colour_fix_changes_the_colours_and_is_recorded(call, tmp_path):
         assert error < 0.5 * np.abs(plain.mean((0, 1)) - IMAGE.mean((0, 1))).max()
 
 
+@pytest.mark.parametrize("flags, is_merged", [
+    (["--input", "x"], True), (["--input", "x", "--no-merge_lora"], False), (["--clean", "x"], False),
+    (["--clean", "x", "--no-base_row"], True), (["--clean", "x", "--no-base_row", "--no-merge_lora"], False)])
+def test_the_lora_is_merged_wherever_it_is_never_switched_off(tiny_lora, tiny_model, tmp_path, flags, is_merged):
+    from peft.tuners.lora import LoraLayer
+
+    args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output", str(tmp_path), "--lora",
+                              tiny_lora, *flags])
+    settings, steps, start_noise = script.resolve_settings(args)
+    pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
+    assert any(isinstance(module, LoraLayer) for module in pipe.transformer.modules()) == (not is_merged)
+    assert script.describe_run(args, settings, steps, start_noise, torch.float32)["lora"]["merged"] == is_merged
+    image = to_tensor(IMAGE)[None]
+    restored = script.restore_image(pipe, image, text, settings, steps, 5, start_noise)[0]
+    plain = flux.load_models(tiny_model, "cpu", torch.float32)
+    lora.load(plain, tiny_lora)
+    torch.testing.assert_close(restored, restore.restore(plain, image, text, settings, steps, [5], start_noise),
+                               rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--compile"], ["--compile", "--no-merge_lora"],
+                                   ["--attention_backend", "_native_flash"]], ids=" ".join)
+def test_compilation_and_another_attention_kernel_restore_the_same_image(tiny_lora, tiny_model, tmp_path, monkeypatch,
+                                                                         flags):
+    monkeypatch.setattr(speed, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    restored = []
+    for more in ([], flags):
+        args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output", str(tmp_path), "--input",
+                                  "x", "--lora", tiny_lora, *more])
+        settings, steps, start_noise = script.resolve_settings(args)
+        pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
+        restored.append(script.restore_image(pipe, to_tensor(IMAGE)[None], text, settings, steps, 5, start_noise)[0])
+    torch.testing.assert_close(*restored, rtol=0, atol=1e-5)
+    if "--no-merge_lora" in flags:  # switching the LoRA off is seen by what was compiled with it
+        with script.without_lora(pipe, True):
+            base = script.restore_image(pipe, to_tensor(IMAGE)[None], text, settings, steps, 5, start_noise)[0]
+        plain = flux.load_models(tiny_model, "cpu", torch.float32)
+        expected = restore.restore(plain, to_tensor(IMAGE)[None], text, settings, steps, [5], start_noise)
+        torch.testing.assert_close(base, expected, rtol=0, atol=1e-5)
+        assert (base - restored[0]).abs().max() > 1e-3
+    assert (counters["stats"]["unique_graphs"] >= 2) == ("--compile" in flags)  # both kinds of blocks
+    backends = {module.processor._attention_backend for module in pipe.transformer.modules()
+                if hasattr(module, "processor")}
+    assert ({backend and backend.value for backend in backends} == {"_native_flash"}) == ("--compile" not in flags)
+    torch._dynamo.reset()
+
+
+def test_an_attention_kernel_for_cuda_is_refused_on_a_cpu(call, tmp_path):
+    refused(call("--input", write(tmp_path / "a.png"), "--device", "cpu", "--attention_backend", "_flash_3"),
+            "--attention_backend _flash_3 needs a CUDA device")
+
+
+def test_an_attention_kernel_that_is_not_installed_ends_in_one_line(tiny_model, tmp_path, monkeypatch):
+    args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output", str(tmp_path), "--input", "x"])
+    settings = script.resolve_settings(args)[0]
+
+    def missing(backend):
+        raise RuntimeError(f"{backend} is not usable because of a missing package.")
+
+    args.attention_backend = "_native_flash"
+    monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", lambda self, backend: missing(backend))
+    with pytest.raises(ValueError, match="--attention_backend _native_flash: .*missing package. Or leave it out"):
+        script.load_models(args, settings, torch.device("cpu"), torch.float32)
+
+
 def spoil(tensors, how):
     """A LoRA's tensors with one fault."""
     first = next(name for name in sorted(tensors) if ".lora_A." in name)
@@ -269,6 +338,7 @@ def test_lora_files_that_are_none_are_refused_before_a_model_loads(call, tmp_pat
     (["--input", "a", "--fidelity", "0.5"], ["--fidelity 0.5", "--lora_weight"]),
     (["--input", "a", "--device", "cuda"], ["--device cuda", "--device cpu"]),
     (["--input", "a", "--dtype", "bf16"], ["--dtype bf16", "fp32"]),
+    (["--clean", "a", "--merge_lora"], ["--merge_lora", "--no-base_row"]),
     (["--clean", "a", "--metrics", "fid"], ["--metrics 'fid'"]),
     (["--clean", "a", "--metrics", "lpips"], ["alexnet-owt-7be5be79.pth", "--lpips_backbone"]),
     (["--clean", "nowhere"], ["nowhere"]),
@@ -503,7 +573,7 @@ def test_scored_rows_are_the_images_that_they_say(tiny_lora, tiny_model, photos,
 
 def test_an_error_of_the_base_model_leaves_the_lora_on_for_the_next_image(tiny_lora, tiny_model, tmp_path):
     args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--output", str(tmp_path), "--input", "x",
-                              "--lora", tiny_lora])
+                              "--lora", tiny_lora, "--no-merge_lora"])
     settings, steps, start_noise = script.resolve_settings(args)
     pipe, text = script.load_models(args, settings, torch.device("cpu"), torch.float32)
     image = to_tensor(IMAGE)[None]

@@ -272,6 +272,18 @@ def load(pipe, path, weight=1.0):
     pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 
 
+def merge(model):
+    """Add the effect of the model's LoRAs to its weights, W + scale B A at the loaded strength (DoRA in peft's own
+    way), and take the LoRAs out: no launch of theirs is left. In fp32, rounded once to the model's dtype."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        dtype = module.get_base_layer().weight.dtype
+        module.float().merge()
+        module.to(dtype)
+    model.unload_lora()
+
+
 def has_text_part(path):
     """True if the LoRA file holds a part for CLIP."""
     return any(key.startswith("text_encoder.") for key in read(path)[0])

@@ -1,5 +1,6 @@
 """A session of inference, as every script that samples has it: options, device, settings, models, out-of-memory."""
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from utils import flow_matching as fm
-from utils import flux, lora
+from utils import flux, lora, speed
 from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
 from utils.generate import generate
@@ -36,6 +37,11 @@ def add_sampling_args(parser, has_lora=True):
         help="default: 28 for a LoRA trained at start noise 1; below, 4 or what its list of sigmas allows")
     add("--seed", type=int, default=0, help="seed of the noise, and of degradations")
     add_device_args(parser)
+    add = parser.add_argument_group("speed").add_argument
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the transformer's blocks when they first run; for many images")
+    add("--attention_backend", default="native", choices=speed.ATTENTION_BACKENDS,
+        help="diffusers' name of the attention kernel")
 
 
 def add_device_args(parser):
@@ -53,6 +59,8 @@ def add_restoration_args(parser):
         "image; 0: the highest, which invents most")
     add("--color_fix", default="off", choices=COLOR_FIXES, help="take colours from the degraded image: its low "
         "frequencies (wavelet) or its channels' mean and spread (adain); brings back fading, yellowing and darkness")
+    add("--merge_lora", action=argparse.BooleanOptionalAction, default=None, help="add the LoRA to the model's "
+        "weights, so that no step computes it apart; default: wherever no base row needs it switched off")
     add_tile_args(parser)
 
 
@@ -90,8 +98,13 @@ def check_generation_args(args):
     flux.check_model(args.pretrained_model_name_or_path)
 
 
-def check_restoration_args(args):
-    """Refuse what can be refused of `add_restoration_args` before a model loads. ValueError naming the flag."""
+def check_restoration_args(args, has_base_row=False):
+    """Refuse what can be refused of `add_restoration_args` before a model loads, and settle --merge_lora.
+    has_base_row: the base model is run beside the LoRA, by `without_lora`. ValueError naming the flag."""
+    if args.merge_lora and has_base_row:
+        raise ValueError("--merge_lora: the base row needs the LoRA switched off; add --no-base_row, or leave it out")
+    if args.merge_lora is None:
+        args.merge_lora = not has_base_row
     check_sampling_args(args)
     check_least(args, num_inference_steps=1)
     check_tile_args(args)
@@ -182,7 +195,10 @@ def encode_text(args, settings, device, dtype, lora_file=None):
 
 
 def load_models(args, settings, device, dtype):
-    """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt."""
+    """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt. The transformer is merged,
+    compiled and given its attention kernel as args ask. ValueError where the kernel does not run here."""
+    if device.type == "cpu" and args.attention_backend not in ("native", "_native_flash"):
+        raise ValueError(f"--attention_backend {args.attention_backend} needs a CUDA device; leave it out")
     where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
     path = args.pretrained_model_name_or_path
     with out_of_memory_explained(path):
@@ -190,7 +206,20 @@ def load_models(args, settings, device, dtype):
         pipe = flux.load_models(path, device, dtype, **where)
         if args.lora:
             lora.load(pipe, args.lora, args.lora_weight)
+            if is_merged(args):
+                lora.merge(pipe.transformer)
+    try:
+        speed.choose_attention(pipe.transformer, args.attention_backend, 0, device, dtype)
+    except RuntimeError as error:  # diffusers' own, for a package that is missing
+        raise ValueError(f"--attention_backend {args.attention_backend}: {error} Or leave it out") from error
+    if args.compile:
+        speed.compile_blocks(pipe.transformer)
     return pipe, text
+
+
+def is_merged(args):
+    """Whether the LoRA goes into the weights. Scripts that always show the base model beside it have no such option."""
+    return bool(args.lora and getattr(args, "merge_lora", False))
 
 
 def by_tiles(run, vae, image, tiling):
@@ -260,7 +289,8 @@ def describe_model(args, settings, steps, dtype):
     file = lora.find_file(args.lora) if args.lora else None
     return {
         "model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant,
-        "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight},
+        "lora": file and {"file": file.name, "sha256": sha256(file), "weight": args.lora_weight,
+                          "merged": is_merged(args)},
         "steps": steps, "dtype": str(dtype), "settings": settings,
     }
 
