@@ -14,6 +14,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import KERNELS, folder_records, heldout_seed, item_seed, pair_records, to_tensor
@@ -25,6 +26,7 @@ from utils import metrics
 from utils.checkpoint import sha256
 from utils.failures import report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
+from utils.quantise import quantise_blocks
 from utils.restore import STOCK_SETTINGS
 from utils.score import (
     DEFINITIONS,
@@ -49,7 +51,7 @@ from utils.session import (
     restore_image,
     without_lora,
 )
-from utils.tiles import choose_tiling, round_trip_tiled
+from utils.tiles import choose_tiling, round_trip_tiled, trained_side
 from utils.utils import to_uint8
 
 NLM_STRENGTHS = (3, 6, 10, 15, 20, 25, 30, 40, 60)
@@ -71,6 +73,8 @@ def parse_args(argv=None):
     add("--ext", default="auto", choices=["auto", "png", "jpg", "webp"], help="file format; auto: the input's")
     add("--skip_existing", action=argparse.BooleanOptionalAction, default=True,
         help="keep an output that decodes and was made from the same input with the same settings")
+    add("--base_precision", default="bf16", choices=["bf16", "int8", "fp8"], help="weights of the transformer's "
+        "blocks, quantised after the LoRA was merged into them; what that changes is measured on the first image")
     add("--num_images", type=int, default=1, help="restorations per image, with the seeds seed, seed + 1, ...")
 
     add = parser.add_argument_group("scoring on clean images").add_argument
@@ -101,6 +105,9 @@ def check_args(args):
     """Refuse what can be refused before a model loads. ValueError naming the flag."""
     if bool(args.input) == bool(args.clean):
         raise ValueError("give either --input (restore degraded images) or --clean (score on clean images)")
+    if args.base_precision != "bf16" and (args.clean or args.merge_lora is False):
+        raise ValueError(f"--base_precision {args.base_precision} is for --input, with the LoRA merged; drop it, or "
+                         "--no-merge_lora")
     if args.degraded and not args.clean:
         raise ValueError("--degraded needs --clean with the clean images of the pairs")
     check_least(args, num_images=1, crops_per_image=1, max_pixels=1, max_images=1, crop_px=0, grid_images=0)
@@ -111,7 +118,7 @@ def check_args(args):
 
 def restore_files(args, settings, steps, start_noise, device, dtype):
     """Restore every image of --input; returns 1 if some failed, else 0."""
-    run = describe_run(args, settings, steps, start_noise, dtype)
+    run = describe_run(args, settings, steps, start_noise, dtype) | {"base_precision": args.base_precision}
     jobs, failures = [], []
     plan = plan_outputs(args.input, args.output, args.suffix, args.ext, args.num_images)
     for path, variant, output in plan:
@@ -124,8 +131,23 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
             jobs.append((path, output, sidecar))
     skipped = len(plan) - len(failures) - len(jobs)
 
+    def quantise_measured(pipe, text):
+        """Quantise the transformer, and say what that does to the middle of the first image."""
+        if args.base_precision == "bf16":
+            return
+        image = to_tensor(load_image(jobs[0][0], args.max_pixels).rgb)[None]
+        probe = center_crop(image, [min(side, trained_side(settings, pipe.vae)) for side in image.shape[-2:]])
+
+        def restore_probe():
+            return restore_image(pipe, probe, text, settings, steps, args.seed, start_noise)[0]
+
+        plain = restore_probe()
+        quantise_blocks(pipe.transformer, args.base_precision)
+        print(f"{args.base_precision} weights: {metrics.psnr(restore_probe(), plain)[0]:.1f} dB PSNR to the result of "
+              f"plain weights, on the middle of {jobs[0][0].name}", flush=True)
+
     if jobs:
-        pipe, text = load_models(args, settings, device, dtype)
+        pipe, text = load_models(args, settings, device, dtype, quantise_measured)
         tiling = choose_tiling(args, settings, pipe.vae)
     for path, output, sidecar in tqdm(jobs, unit="image", disable=None):
         try:

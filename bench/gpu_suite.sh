@@ -5,7 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-outputs/gpu}
-mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 
 step1024() {
@@ -44,6 +43,7 @@ case "${1:-}" in
     all) parts="step1024 step512 memory inference data" ;;
     *) echo "usage: bash bench/gpu_suite.sh step1024|step512|memory|inference|data|all" >&2; exit 2 ;;
 esac
+mkdir -p "$out"
 for part in $parts; do
     "$part" 2>&1 | tee "$out/$part.txt"
 done

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,7 @@ from my_dataset.scored_pairs import crop_boxes
 from scripts.make_tiny_kontext import load_sample
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
-from utils import flux, lora, restore, score, session, speed
+from utils import flux, lora, metrics, restore, score, session, speed
 from utils.parse import run_main
 
 ORIENTATION, MAKE = 0x0112, 0x010F
@@ -760,3 +761,26 @@ def test_bf16_is_chosen_on_cuda_and_refused_where_the_gpu_has_none(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="has no bf16"):
         choose("--dtype", "bf16")
+
+
+@pytest.mark.parametrize("precision, least", [("int8", 30), ("fp8", 20)])
+def test_quantised_restoring_says_what_it_costs_and_comes_near_the_plain_result(call, tiny_lora, tmp_path, precision,
+                                                                               least):
+    path = write(tmp_path / "in" / "a.png")
+    flags = ["--input", path, "--lora", tiny_lora]
+    assert call(*flags, output=tmp_path / "plain")[0] == 0
+    code, out, err = call(*flags, "--base_precision", precision, output=tmp_path / "quantised")
+    assert code == 0, err
+    stated = float(re.search(rf"{precision} weights: ([\d.]+) dB PSNR to the result of plain weights", out)[1])
+    plain, quantised = (to_tensor(read(tmp_path / name / "a.png"))[None] for name in ("plain", "quantised"))
+    measured = metrics.psnr(quantised, plain)[0].item()
+    assert least < measured < 100 and stated == pytest.approx(measured, abs=0.06)  # one tile: the whole image
+    sidecar = json.loads((tmp_path / "quantised" / "a.png.json").read_text())
+    assert sidecar["base_precision"] == precision
+
+
+def test_quantised_weights_are_refused_where_the_lora_is_not_merged(call, tiny_lora, tmp_path):
+    path = write(tmp_path / "in" / "a.png")
+    for flags in (["--input", path, "--no-merge_lora"], ["--clean", path, "--degradation_types", "noise"]):
+        code, _, err = call(*flags, "--lora", tiny_lora, "--base_precision", "int8")
+        assert code == 2 and "--base_precision int8" in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 weights stay fp32, and its file does not depend on any of this."""
 
 import functools
+import re
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -56,6 +57,16 @@ def pipeline_config(base_precision, bnb_options, dtype):
     else:
         return None
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+
+
+def quantise_blocks(transformer, base_precision):
+    """Quantise the blocks' linear layers of a loaded transformer in place, for inference; "int8" or "fp8"."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    kind = Int8WeightOnlyConfig if base_precision == "int8" else Float8WeightOnlyConfig
+    quantize_(transformer, kind(set_inductor_config=False), filter_fn=lambda module, name: isinstance(
+        module, torch.nn.Linear) and re.fullmatch(BLOCK_WEIGHTS.removeprefix("re:"), name) is not None)
+    keep_packed(transformer)
 
 
 def keep_packed(model):

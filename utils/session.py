@@ -194,9 +194,10 @@ def encode_text(args, settings, device, dtype, lora_file=None):
     return encoded[settings["prompt"]].to(device, dtype)
 
 
-def load_models(args, settings, device, dtype):
+def load_models(args, settings, device, dtype, prepare=None):
     """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt. The transformer is merged,
-    compiled and given its attention kernel as args ask. ValueError where the kernel does not run here."""
+    compiled and given its attention kernel as args ask; `prepare(pipe, text)` comes before the latter two. ValueError
+    where the kernel does not run here."""
     if device.type == "cpu" and args.attention_backend not in ("native", "_native_flash"):
         raise ValueError(f"--attention_backend {args.attention_backend} needs a CUDA device; leave it out")
     where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
@@ -208,6 +209,8 @@ def load_models(args, settings, device, dtype):
             lora.load(pipe, args.lora, args.lora_weight)
             if is_merged(args):
                 lora.merge(pipe.transformer)
+        if prepare:
+            prepare(pipe, text)
     try:
         speed.choose_attention(pipe.transformer, args.attention_backend, 0, device, dtype)
     except RuntimeError as error:  # diffusers' own, for a package that is missing
