@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, inject_adapter_in_model
 
 from bench import flops
-from utils import memory
+from utils import lora, memory
 from utils.memory import Job
 from utils.parse import run_main
 
@@ -130,3 +132,22 @@ def test_senseless_numbers_end_in_one_line(flags, words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(flops.main)
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, 4), (torch.bfloat16, 6)])
+def test_a_lora_layer_adds_two_products_a_scale_and_a_sum_and_never_touches_a_whole_activation_again(dtype, expected):
+    """In bf16 the two fp32 masters are rounded too, which are small: rank 4 of 1024."""
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024, dtype=dtype))
+    x = torch.randn(64, 1024, dtype=dtype)
+    counts = []
+    for with_lora in (False, True):
+        if with_lora:
+            inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), model)
+            cast_training_params(model, torch.float32)
+            lora.compute_in_input_dtype(model)
+        with torch.no_grad(), flops.Traffic() as traffic:
+            model(x)
+        counts.append((traffic.launches, traffic.bytes))
+    assert counts[1][0] - counts[0][0] == expected
+    # A reads an activation, B writes one, the scale reads and writes one, the sum reads two and writes one: 7.
+    assert 7 * x.nbytes < counts[1][1] - counts[0][1] < 8 * x.nbytes
