@@ -92,7 +92,8 @@ def training_step(pipe, transformer, perceptual, batch, text, args):
         else:
             target = flux.encode(pipe.vae, batch["target"], *vae_noise[:1])
         control = flux.encode(pipe.vae, batch["control"], *vae_noise[1:])
-        z, sigma, velocity = fm.flow_path(target, control, noise, s.to(device), k.to(device), args.bridge_noise)
+        z, sigma, velocity = fm.flow_path(target, control, noise, s.to(device, non_blocking=True),
+                                          k.to(device, non_blocking=True), args.bridge_noise)
 
     reference = control if args.reference_tokens else None
     prediction = flux.predict_velocity(transformer, z, told, reference, text, args.guidance_scale)

@@ -168,7 +168,8 @@ def main(args):
     prompts = [example.prompt or args.instance_prompt for example in dataset.examples] + [validation_prompt]
     prompts += [item["prompt"] for item in heldout] + [""] * (args.caption_dropout > 0)
     prompts += [args.class_prompt] * args.with_prior_preservation
-    plan = placement.plan(args, device, dtype, dataset.largest_sizes(), prompts, args.train_text_encoder)
+    plan = placement.plan(args, device, dtype, dataset.largest_sizes(), prompts, args.train_text_encoder,
+                          batch=args.train_batch_size * (1 + args.with_prior_preservation))
     lasting = {name: value for name, value in settings.items() if name != "prompt"}  # that is validation's
     identity = run.identity(args, lasting, len(dataset), accelerator.num_processes, more=(
         "train_text_encoder", "with_prior_preservation", "cond_resolution", "cache_latents", "repeats", "random_flip",
@@ -185,6 +186,9 @@ def main(args):
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     side_px = max(math.isqrt(height * width) for height, width in dataset.buckets) // 16 * 16
+    if missing and plan.offload_blocks:
+        raise ValueError(f"--class_data_dir {args.class_data_dir}: {len(missing)} class images are missing, and making "
+                         "them takes the whole transformer on the GPU; give --memory nf4, or make them elsewhere")
     precision = placement.precision(args, plan) if args.prior_generation_precision is None else {}
     generate_class_images(path, args.class_prompt, mine, side_px, args.sample_batch_size, args.seed, device,
                           generation_dtype, args.max_sequence_length, precision, **where)

@@ -152,6 +152,7 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", help="as --lora_layers of the training scripts")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
+    parser.add_argument("--plans", action="store_true", help="instead: the peak GiB that utils/memory.py predicts")
     parser.add_argument("--output", help="JSON file for the integers")
     args = parser.parse_args()
     check_least(args, resolution=16, batch=1, text_tokens=1, rank=1)
@@ -159,6 +160,12 @@ def main():
     sizes = ((args.resolution, args.resolution),) * (1 + args.reference)
     job = memory.Job(config, vae_config, sizes, args.batch, args.text_tokens, args.rank, args.layers)
     flux.check_sizes(memory.meta_vae(vae_config), sizes)
+    if args.plans:
+        print(f"Predicted, not measured: peak GiB at {args.resolution} px, batch {args.batch}\n\n"
+              "| settings | GiB |\n|---|---|")
+        for plan in dict.fromkeys(plan for level in memory.LEVELS for plan in memory.candidates(level)):
+            print(f"| {plan.in_words()} | {sum(memory.predict(job, plan).values()) / memory.GIB:.2f} |")
+        return
     counts = account(job, args.checkpointing)
     print(f"| {Path(args.model).name if args.model else 'FLUX.1-Kontext-dev'}, {args.resolution} px, reference "
           f"{'yes' if args.reference else 'no'}, batch {args.batch}, {job.tokens} tokens ({args.text_tokens} of text), "

@@ -134,6 +134,18 @@ def test_senseless_numbers_end_in_one_line(flags, words, monkeypatch, capsys):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_the_plans_are_predicted_and_say_so(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flops", "--model", tiny_model, "--resolution", "64", "--text_tokens", "8",
+                                     "--rank", "4", "--plans"])
+    with pytest.raises(SystemExit) as stop:
+        run_main(flops.main)
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and lines[0].startswith("Predicted, not measured")
+    rows = dict(line.strip("| ").split(" | ") for line in lines[4:])
+    assert float(rows["full checkpointing, nf4 weights"]) <= float(rows["no checkpointing, bf16 weights"])
+    assert len(rows) == len(lines[4:]) == len({plan for level in memory.LEVELS for plan in memory.candidates(level)})
+
+
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 4), (torch.bfloat16, 6)])
 def test_a_lora_layer_adds_two_products_a_scale_and_a_sum_and_never_touches_a_whole_activation_again(dtype, expected):
     """In bf16 the two fp32 masters are rounded too, which are small: rank 4 of 1024."""

@@ -280,3 +280,22 @@ def test_weights_are_read_from_safetensors_only(tiny_model, tmp_path):
     file.unlink()
     with pytest.raises(OSError):
         flux.load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("free_gib, expected", [(40, "cuda"), (8, "cpu")])
+def test_text_is_encoded_on_the_cpu_where_the_card_is_too_small_for_t5(monkeypatch, free_gib, expected):
+    placed = []
+
+    class Pipe:
+        def to(self, device):
+            placed.append(str(device))
+            return self
+
+        def encode_prompt(self, prompt, _, device, max_sequence_length):
+            placed.append(str(device))
+            return torch.zeros(1, 4, 16), torch.zeros(1, 16), None
+
+    monkeypatch.setattr(flux, "load_pipeline", lambda *args, **where: Pipe())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 2**30, 80 * 2**30))
+    flux.encode_prompts("model", ["p"], "cuda", torch.float32)
+    assert placed == [expected, expected]

@@ -324,7 +324,13 @@ def test_memory_limit_bounds_plan_and_allocator_of_a_gpu(tiny_model, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: held_to.append(share))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def hold(share, device):
+        assert isinstance(device, int), "PyTorch wants an index"
+        held_to.append(share)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", hold)
     args = arguments("--memory_limit", "8", model=tiny_model)
     plan = memory.plan_run(args, torch.device("cuda"), torch.bfloat16, SIZES, decode_px=32)
     assert "of 8.00 GiB predicted" in capsys.readouterr().out and plan.parts["crops of the perceptual loss"] > 0

@@ -68,7 +68,8 @@ def test_adaln_tables_in_a_whole_bf16_run_change_no_bit_of_it(train, bf16, monke
 @pytest.mark.parametrize("flags, words", [
     ("--adaln_tables", "bf16"), ("--memory_limit 0.1", "--memory_limit 0.1"),
     ("--memory fastest --gradient_checkpointing", "--memory fastest does not go with other flags"),
-    ("--base_precision nf4", "CUDA"), ("--memory nope", None)])
+    ("--base_precision nf4", "CUDA"), ("--memory nf4", "CUDA"), ("--memory nope", None),
+    ("--memory int8 --base_precision bf16", "--memory int8 does not go with other flags")])
 def test_what_cannot_be_is_one_line_before_a_model_loads(train, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(flux, "load_pipeline", None)
     with pytest.raises((ValueError, SystemExit)) as error:
@@ -104,6 +105,9 @@ def test_nf4_leaves_out_of_quantisation_what_tables_replace():
     plain = placement.precision(args, memory.Plan(base_precision="nf4"))["bnb_options"]
     tables = placement.precision(args, memory.Plan(base_precision="nf4", adaln_tables=True))["bnb_options"]
     assert "llm_int8_skip_modules" not in plain and tables["llm_int8_skip_modules"] == adaln.MODULES
+    own = SimpleNamespace(bnb_options={"load_in_4bit": True, "llm_int8_skip_modules": ["proj_out"]})
+    both = placement.precision(own, memory.Plan(base_precision="nf4", adaln_tables=True))["bnb_options"]
+    assert both["llm_int8_skip_modules"] == ["proj_out", *adaln.MODULES]
     assert placement.precision(args, memory.Plan(base_precision="int8")) == {
         "bnb_options": None, "base_precision": "int8"}
 

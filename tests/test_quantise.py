@@ -226,7 +226,7 @@ def test_distributed_data_parallel_takes_a_packed_base_that_is_ignored(tiny_mode
 
 
 def options(**values):
-    return SimpleNamespace(**({"base_precision": "bf16", "bnb_quantization_config_path": None} | values))
+    return SimpleNamespace(**({"base_precision": None, "bnb_quantization_config_path": None} | values))
 
 
 def test_what_a_machine_without_cuda_cannot_do_is_refused_in_one_line(monkeypatch, tmp_path):
@@ -237,7 +237,7 @@ def test_what_a_machine_without_cuda_cannot_do_is_refused_in_one_line(monkeypatc
     file.write_text('{"load_in_4bit": true}')
     with pytest.raises(ValueError, match="--bnb_quantization_config_path: .*CUDA GPU only"):
         quantise.check_quantisation_args(options(bnb_quantization_config_path=str(file)))
-    for precision in ("bf16", *PACKED):
+    for precision in (None, "bf16", *PACKED):
         args = options(base_precision=precision)
         quantise.check_quantisation_args(args)
         assert args.bnb_options is None
@@ -264,7 +264,7 @@ def test_the_options_of_the_command_line_have_the_documented_choices(capsys):
 
     parser = make_parser("")
     quantise.add_quantisation_args(parser)
-    assert parser.parse_args([]).base_precision == "bf16"
+    assert parser.parse_args([]).base_precision is None  # what --memory chooses
     for precision in ("bf16", "int8", "fp8", "nf4"):
         assert parser.parse_args(["--base_precision", precision]).base_precision == precision
     with pytest.raises(SystemExit):

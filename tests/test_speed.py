@@ -72,6 +72,7 @@ def test_buckets_compile_a_bounded_number_of_times_and_pictures_never(tiny_pipe,
 def test_compilation_is_the_default_where_it_pays(asked, device, steps, expected):
     args = SimpleNamespace(compile=asked, max_train_steps=steps)
     assert speed.wants_compile(args, torch.device(device)) == expected
+    assert speed.wants_compile(args, torch.device(device), "nf4") == (asked is True)  # only when asked for
 
 
 def test_the_attention_kernel_is_the_fastest_of_those_that_run(tiny_pipe, monkeypatch):

@@ -39,7 +39,8 @@ class TextEmbeds:
     pooled: torch.Tensor
 
     def to(self, device, dtype):
-        return TextEmbeds(self.prompt.to(device, dtype), self.pooled.to(device, dtype))
+        is_async = torch.device(device).type != "cpu"  # the other way it would be read before it has arrived
+        return TextEmbeds(*(part.to(device, dtype, non_blocking=is_async) for part in (self.prompt, self.pooled)))
 
     def expand(self, batch):
         """The same text `batch` times; self is of batch 1, or of `batch` already."""
@@ -123,6 +124,7 @@ def fetching(path):
                          "downloaded copy") from error
 
 
+TEXT_ENCODER_BYTES = 11 * 2**30  # T5-XXL and CLIP in bf16 and room to work; on a smaller card they stay on the CPU
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 IMAGE_PARTS = ("vae", "transformer")
 OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
@@ -134,6 +136,8 @@ def encode_prompts(path, prompts, device, dtype, max_sequence_length=512, lora_f
     """{prompt: TextEmbeds of batch 1, on the CPU in `dtype`}. Loads the text encoders, and frees them again:
     T5-XXL in bf16 is 9 GB that training has no use for. lora_file: a LoRA whose part for CLIP, if it has one, is
     applied at `lora_weight`. encoded: a mapping that takes the results. where: revision, variant, cache_dir."""
+    if torch.device(device).type == "cuda" and torch.cuda.mem_get_info(device)[0] < TEXT_ENCODER_BYTES:
+        device = "cpu"
     pipe = load_pipeline(path, dtype, skip=IMAGE_PARTS + OPTIONAL_PARTS, **where).to(device)
     if lora_file:
         lora.load_into_text_encoder(pipe.text_encoder, lora_file, lora_weight)

@@ -7,6 +7,7 @@ fragmentation) is a named constant. All figures for a GPU are predictions."""
 import contextlib
 import functools
 import math
+import os
 import re
 import weakref
 from dataclasses import dataclass, replace
@@ -464,16 +465,21 @@ def describe(plan, free_bytes):
 
 
 def gpu_bytes(device, limit=None):
-    """Bytes that this process may use on a GPU, its context included; None on a CPU. limit: --memory_limit, GiB, which
-    PyTorch is then held to."""
+    """Bytes that every process may use on its GPU, its context included; None on a CPU. limit: --memory_limit, GiB,
+    which PyTorch is then held to."""
     if device.type != "cuda":
         return None
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CUDA_CONTEXT
-    if limit is None:
-        return free
-    capacity = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min((limit * GIB - CUDA_CONTEXT) / capacity, 1.0), device)
-    return min(free, int(limit * GIB))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free = torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) + CUDA_CONTEXT
+    if limit is not None:
+        capacity = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min((limit * GIB - CUDA_CONTEXT) / capacity, 1.0), index)
+        free = min(free, int(limit * GIB))
+    if torch.distributed.is_initialized():  # all processes must take one plan: that of the fullest card
+        least = torch.tensor(free, device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        free = int(least)
+    return free
 
 
 def read_configs(path, **where):
@@ -486,7 +492,7 @@ def read_configs(path, **where):
                 AutoencoderKL.load_config(path, subfolder="vae", **where))
 
 
-def plan_run(args, device, dtype, sizes, tables_possible=False, fixed=None, decode_px=0):
+def plan_run(args, device, dtype, sizes, tables_possible=False, fixed=None, decode_px=0, batch=None):
     """The plan of a training run, printed; on a CPU that is what --memory says, and nothing is predicted.
 
     args: of a training script. dtype: of the frozen weights. sizes: ((height, width) of the largest target, then of
@@ -498,8 +504,9 @@ def plan_run(args, device, dtype, sizes, tables_possible=False, fixed=None, deco
         return choose(None, None, args.memory, tables_possible, fixed)
     config, vae_config = read_configs(args.pretrained_model_name_or_path, revision=args.revision,
                                       cache_dir=args.cache_dir)
-    job = Job(config, vae_config, tuple(sizes), args.train_batch_size, args.max_sequence_length, args.rank,
+    job = Job(config, vae_config, tuple(sizes), batch or args.train_batch_size, args.max_sequence_length, args.rank,
               args.lora_layers, args.lora_dropout, dtype.itemsize, state_bytes(args), decode_px)
     plan = choose(job, free, args.memory, tables_possible, fixed)
-    print("\n".join(describe(plan, free)), flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(describe(plan, free)), flush=True)
     return plan

@@ -2,6 +2,8 @@
 
 import argparse
 
+import torch
+
 from utils import adaln, flux, memory, offload, quantise, speed
 from utils.checkpointing import enable_checkpointing
 
@@ -19,22 +21,26 @@ def add_placement_args(parser):
 def check_placement_args(args):
     """Refuse what this machine cannot do. ValueError names the flag."""
     quantise.check_quantisation_args(args)
+    if args.memory == "nf4" and not torch.cuda.is_available():
+        raise ValueError("--memory nf4: bitsandbytes quantises on a CUDA GPU only; give --memory int8")
 
 
-def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_px=0):
+def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_px=0, batch=None):
     """The memory.Plan of a run, printed. sizes: ((height, width) of the largest target, then of each reference), px.
-    prompts: all that are used. ValueError where flags contradict each other, or nothing fits the GPU."""
+    prompts: all that are used. batch: images of a micro-step, where that is not --train_batch_size. ValueError where
+    flags contradict each other, or nothing fits the GPU."""
     reason = adaln.obstacle(dtype, prompts, args.lora_layers, train_text_encoder)
     if args.adaln_tables and reason:
         raise ValueError(f"--adaln_tables: {reason}")
     fixed = {"checkpointing": "full"} if args.gradient_checkpointing else {}
-    if args.bnb_options or args.base_precision != "bf16":
-        eight_bit = args.bnb_options and not args.bnb_options.get("load_in_4bit")
-        fixed["base_precision"] = "int8" if eight_bit else args.base_precision if not args.bnb_options else "nf4"
+    if args.bnb_options:
+        fixed["base_precision"] = "nf4" if args.bnb_options.get("load_in_4bit") else "int8"
+    elif args.base_precision:
+        fixed["base_precision"] = args.base_precision
     if args.adaln_tables is not None:
         fixed["adaln_tables"] = args.adaln_tables
     return memory.plan_run(args, device, dtype, sizes, tables_possible=reason is None, fixed=fixed,
-                           decode_px=decode_px)
+                           decode_px=decode_px, batch=batch)
 
 
 def load(path, args, plan, device, dtype, settings, pooled, **where):
@@ -48,7 +54,8 @@ def precision(args, plan):
     """The options of flux.load_models that quantise the transformer. bitsandbytes leaves out what tables replace."""
     bnb_options = args.bnb_options or (quantise.NF4 if plan.base_precision == "nf4" else None)
     if bnb_options and plan.adaln_tables:
-        bnb_options = bnb_options | {"llm_int8_skip_modules": adaln.MODULES}
+        skipped = (bnb_options.get("llm_int8_skip_modules") or []) + adaln.MODULES
+        bnb_options = bnb_options | {"llm_int8_skip_modules": skipped}
     return {"bnb_options": bnb_options, "base_precision": plan.base_precision}
 
 
@@ -60,5 +67,5 @@ def prepare(transformer, args, plan, tokens, device, dtype):
         offload.BlockOffload(transformer, device, plan.resident_blocks)
     enable_checkpointing(transformer, "offload" if plan.offload_activations else plan.checkpointing)
     speed.choose_attention(transformer, args.attention_backend, tokens, device, dtype)
-    if speed.wants_compile(args, device):
+    if speed.wants_compile(args, device, plan.base_precision):
         speed.compile_blocks(transformer)

@@ -15,9 +15,10 @@ BLOCK_WEIGHTS = r"re:(single_)?transformer_blocks\..*"
 
 def add_quantisation_args(parser):
     group = parser.add_argument_group("base weights")
-    group.add_argument("--base_precision", choices=BASE_PRECISIONS, default="bf16",
-                       help="weights of the frozen transformer: bf16 as they are (fp32 on a CPU), 8 bit with one scale "
-                       "a row (int8, or fp8 E4M3), or 4 bit (nf4, needs a CUDA GPU); computing stays in bf16")
+    group.add_argument("--base_precision", choices=BASE_PRECISIONS,
+                       help="weights of the frozen transformer; default: what --memory chooses. bf16 as they are (fp32 "
+                       "on a CPU), 8 bit with one scale a row (int8, or fp8 E4M3), or 4 bit (nf4, needs a CUDA GPU); "
+                       "computing stays in bf16")
     group.add_argument("--bnb_quantization_config_path", help="JSON file with bitsandbytes options: the frozen "
                        "transformer is quantised by them; needs a CUDA GPU")
 
@@ -30,7 +31,7 @@ def check_quantisation_args(args):
     args.bnb_options = None
     if args.bnb_quantization_config_path:
         args.bnb_options = read_bnb_config(args.bnb_quantization_config_path)
-        if args.base_precision != "bf16":
+        if args.base_precision:
             raise ValueError(f"--base_precision {args.base_precision} and --bnb_quantization_config_path both quantise "
                              "the transformer; leave one out")
     if args.base_precision == "nf4":

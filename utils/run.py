@@ -164,7 +164,12 @@ def make_accelerator(args):
     on a CPU, where bf16 is emulated and slow. No autocast: what is bf16 is so explicitly, the LoRA's masters are fp32
     (lora.compute_in_input_dtype)."""
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import (
+        DataLoaderConfiguration,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+    )
 
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     precision = args.mixed_precision or ("no" if use_cpu else "bf16")
@@ -182,6 +187,7 @@ def make_accelerator(args):
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # from pinned memory
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # validation on rank 0 takes its time
     )
     level = logging.INFO if accelerator.is_local_main_process else logging.ERROR

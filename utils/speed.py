@@ -24,10 +24,11 @@ def add_speed_args(parser):
                        help="diffusers' name of the attention kernel; auto: on a GPU the fastest of those that run")
 
 
-def wants_compile(args, device):
-    """Whether --compile, or its default for this device and number of steps, asks for compilation."""
+def wants_compile(args, device, base_precision="bf16"):
+    """Whether --compile, or its default for this device and number of steps, asks for compilation. bitsandbytes' 4-bit
+    layers are compiled on demand only: that they have no graph break is not shown yet."""
     if args.compile is None:
-        return device.type == "cuda" and args.max_train_steps >= COMPILE_STEPS
+        return device.type == "cuda" and args.max_train_steps >= COMPILE_STEPS and base_precision != "nf4"
     return args.compile
 
 
@@ -61,6 +62,8 @@ def choose_attention(transformer, name, tokens, device, dtype, measure=None):
         if not seconds:
             raise ValueError(f"--attention_backend auto: none runs here ({'; '.join(reasons)}); name one")
         candidates = [min(seconds, key=seconds.get)]
+        if torch.distributed.is_initialized():  # a stopwatch must not tell processes apart
+            torch.distributed.broadcast_object_list(candidates)
     if candidates[0] != "native":
         transformer.set_attention_backend(candidates[0])
     logger.info(f"attention kernel: {candidates[0]}")
