@@ -3,6 +3,7 @@
 import pytest
 
 from bench import data, inference, large_image, start_noise, train_step
+from utils import flux, speed
 from utils.parse import run_main
 
 FOLDERS = ["--output", "out", "--train_root", "a", "--heldout_root", "b"]
@@ -32,3 +33,18 @@ def test_senseless_numbers_end_in_one_line(bench, flags, words, monkeypatch, cap
         run_main(bench.main)
     assert stop.value.code == 2 and f"error: {words}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_step_bench_takes_latents_that_are_there_and_compiles_its_own_arms(
+        tiny_model, photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "BACKEND", "aot_eager")
+    encoded, encode = [], flux.encode
+    monkeypatch.setattr(flux, "encode", lambda *args: encoded.append(1) or encode(*args))
+    monkeypatch.setattr("sys.argv", [
+        "bench", "--steps", "1", "--model", tiny_model, "--hr_root", str(photos / "train"), "--resolution", "32",
+        "--train_batch_size", "2", "--max_sequence_length", "8", "--cached_latents", "--compile"])
+    train_step.main()  # its exit code says how fast, which no test asks
+    out = capsys.readouterr().out
+    assert "first step, with compilation" in out and out.count("| restoration |") == out.count("| edit |") == 1
+    assert len(encoded) == 2 * (6 + 1)  # target and control of each step, once for all three arms
