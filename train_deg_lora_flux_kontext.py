@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
-from utils import checkpoint, flux, lora, placement, run, speed, validation
 from utils import flow_matching as fm
+from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_model_card
 from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
@@ -129,7 +128,7 @@ def main(args):
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
-    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    where = flux.source(args)
     encoded = encode_all(args.pretrained_model_name_or_path, prompts, accelerator, dtype, args.max_sequence_length,
                          Path(args.output_dir) / "text_cache", **where)
     pipe = placement.load(args.pretrained_model_name_or_path, args, plan, device, dtype, settings,
@@ -144,11 +143,12 @@ def main(args):
         perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to(device)
     lpips = validation.load_lpips(args.lpips_backbone)
 
+    models = {"transformer": pipe.transformer}
     optimizer = run.make_optimizer(lora_parameters, args, accelerator.num_processes)
     lr_scheduler = run.make_lr_scheduler(optimizer, args)
     ema = lora.make_ema(lora_parameters, args.ema_decay) if args.use_ema else None
     if state:
-        run.load_state(state, {"transformer": pipe.transformer}, optimizer, lr_scheduler, ema)
+        run.load_state(state, models, optimizer, lr_scheduler, ema)
 
     loader = make_loader(dataset, collate_fn, args, pin_memory=device.type == "cuda",
                          start=step * args.gradient_accumulation_steps * accelerator.num_processes)
@@ -163,13 +163,6 @@ def main(args):
         with run.evaluation_weights(optimizer, ema, lora_parameters):
             return lora.save(pipe.transformer, folder, settings)
 
-    def save_checkpoint():
-        if accelerator.is_main_process and step:
-            state = run.collect_state({"transformer": pipe.transformer}, optimizer, lr_scheduler, ema)
-            checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
-                            write_lora=write_lora)
-        accelerator.wait_for_everyone()
-
     def validate():
         if accelerator.is_main_process and (heldout or extra_images):
             with run.evaluation_weights(optimizer, ema, lora_parameters), speed.eagerly():
@@ -177,9 +170,7 @@ def main(args):
                 steps = args.num_inference_steps or validation.default_steps(settings)
                 scores = validation.validate(pipe, heldout, validation_text, settings, steps, args.seed, grid,
                                              extra_images, lpips)
-            run.log_metrics(accelerator, args.output_dir, scores, step)
-            run.log_image(accelerator, "validation", grid, step)
-            tqdm.write(f"step {step}: {validation.in_words(scores)}")
+            run.report_validation(accelerator, args.output_dir, scores, grid, step)
         accelerator.wait_for_everyone()
 
     # --- the loop
@@ -216,7 +207,7 @@ def main(args):
             guard.check(accelerator)
             progress.report(accelerator, step, norm, lr_scheduler)
         if is_checkpoint or signal_number:
-            save_checkpoint()
+            run.save_checkpoint(accelerator, args, step, identity, models, optimizer, lr_scheduler, ema, write_lora)
         if signal_number:
             return run.stopped(accelerator, progress, step, signal_number)
         if is_validation:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_dreambooth import (
@@ -28,8 +27,8 @@ from my_dataset.dataset_dreambooth import (
     plan_class_images,
 )
 from my_dataset.prompts import tokenize_prompt
-from utils import checkpoint, flux, lora, placement, run, speed, validation
 from utils import flow_matching as fm
+from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
 from utils.card import push_to_hub, write_dreambooth_card
 from utils.generate import generate_class_images
@@ -182,7 +181,7 @@ def main(args):
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.
     path = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    where = flux.source(args)
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     side_px = max(math.isqrt(height * width) for height, width in dataset.buckets) // 16 * 16
@@ -238,13 +237,6 @@ def main(args):
         with run.evaluation_weights(optimizer, ema, parameters):
             return lora.save(pipe.transformer, folder, settings, models.get("text_encoder"))
 
-    def save_checkpoint():
-        if accelerator.is_main_process and step:
-            state = run.collect_state(models, optimizer, lr_scheduler, ema)
-            checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
-                            write_lora=write_lora)
-        accelerator.wait_for_everyone()
-
     def encode_live(prompt):
         text = encoded[prompt].to(device, dtype)
         if text_encoder is not None:
@@ -268,9 +260,7 @@ def main(args):
                     scores = validation.validate_subject(pipe, text, settings, steps, args.seed,
                                                          args.num_validation_images, dataset.size_of[0][0], subject,
                                                          grid)
-            run.log_metrics(accelerator, args.output_dir, scores, step)
-            run.log_image(accelerator, "validation", grid, step)
-            tqdm.write(f"step {step}: {validation.in_words(scores)}")
+            run.report_validation(accelerator, args.output_dir, scores, grid, step)
         accelerator.wait_for_everyone()
 
     # --- the loop
@@ -301,13 +291,13 @@ def main(args):
 
         is_last = step == args.max_train_steps
         is_checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0
-        is_validation = (is_last and not args.skip_final_inference) or (step % validation_steps == 0 and not is_last)
+        is_validation = not args.skip_final_inference if is_last else step % validation_steps == 0
         signal_number = stop.agreed()
         if is_last or is_checkpoint or is_validation or signal_number or step % args.logging_steps == 0:
             guard.check(accelerator)
             progress.report(accelerator, step, norm, lr_scheduler)
         if is_checkpoint or signal_number:
-            save_checkpoint()
+            run.save_checkpoint(accelerator, args, step, identity, models, optimizer, lr_scheduler, ema, write_lora)
         if signal_number:
             return run.stopped(accelerator, progress, step, signal_number)
         if is_validation:

@@ -336,7 +336,7 @@ def make_models(args):
 def load_all(args, models, device, dtype):
     """(pipe, [TextEmbeds of each model]). The text encoders go before the rest comes."""
     path = args.pretrained_model_name_or_path
-    where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+    where = flux.source(args)
     with out_of_memory_explained(path):
         encoded = {length: flux.encode_prompts(path, [model.settings["prompt"] for model in models
                                                       if model.settings["max_sequence_length"] == length],

@@ -16,7 +16,6 @@ import torch
 
 from utils import flow_matching as fm
 
-SMALLEST_POSITION = 1e-5  # that fm.draw_position draws where sigma is continuous
 BF16_ONE = 0x3F80  # bits of 1.0
 MODULES = ["norm1", "norm1_context", "norm", "norm_out", "time_text_embed"]  # whose parameters `build` takes away
 
@@ -26,7 +25,7 @@ def every_sigma(settings):
     from 1/1000) and sampling (up to 1000 steps). For FLUX.1, 0.26 GB of table an octave: 2.6 GB with start noise 1,
     4.4 GB with continuous sigmas."""
     reaches_zero = settings["train_sigmas"] == "continuous" and not settings["bridge_noise"]
-    smallest = (SMALLEST_POSITION if reaches_zero else 1 / fm.TABLE_SIZE) * (settings["start_noise"][0] or 1)
+    smallest = (fm.SMALLEST_POSITION if reaches_zero else 1 / fm.TABLE_SIZE) * (settings["start_noise"][0] or 1)
     below = torch.tensor(smallest).bfloat16().view(torch.int16).item() - 1  # smallest is rounded: one number to spare
     return torch.arange(below, BF16_ONE + 1, dtype=torch.int16).view(torch.bfloat16).tolist()
 

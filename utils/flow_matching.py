@@ -18,6 +18,7 @@ import torch
 
 SMALLEST_START_NOISE = 0.1  # below, velocity = (start - x) / k grows without need; 0 itself is the bridge
 SMALLEST_BRIDGE_POSITION = 1e-3  # with bridge noise the velocity's noise term grows as 1 / sqrt(s)
+SMALLEST_POSITION = 1e-5  # that is drawn where s is continuous
 TABLE_SIZE = 1000  # noise levels of FLUX's training table, sigma = 1/1000 ... 1
 
 
@@ -119,7 +120,7 @@ def draw_position(generator, train_sigmas="table", weighting_scheme="none", logi
     s = 1 - u
     if train_sigmas == "table":
         s = (TABLE_SIZE - min(int(u * TABLE_SIZE), TABLE_SIZE - 1)) / TABLE_SIZE
-    s = max(s, 1e-5, smallest)
+    s = max(s, SMALLEST_POSITION, smallest)
     return s if mu is None else shift_position(s, mu)
 
 

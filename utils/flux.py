@@ -31,6 +31,11 @@ def add_model_args(parser):
                        help="mean of the VAE's posterior, or a draw from it")
 
 
+def source(args):
+    """Where a model's files come from, by the options of `add_model_args`: revision, variant, cache_dir."""
+    return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+
+
 @dataclass
 class TextEmbeds:
     """Encoded prompts. prompt: (B, T, D) T5 states; pooled: (B, P) CLIP state."""

@@ -160,12 +160,18 @@ def save(transformer, folder, settings, text_encoder=None):
         written = Path(scratch) / LORA_FILE
         with safe_open(written, "pt") as file:
             header = file.metadata() | {SETTINGS_KEY: json.dumps(settings, sort_keys=True)}
-        tensors = {name: value.contiguous() for name, value in load_file(written).items()}
-        complete = Path(scratch) / "complete.safetensors"
-        save_file(tensors, complete, metadata=header)
-        sort_header(complete)
-        os.replace(complete, folder / LORA_FILE)
+        write_file(folder / LORA_FILE, load_file(written), header)
     return folder / LORA_FILE
+
+
+def write_file(path, tensors, header):
+    """Write a safetensors file in one rename, its header in order; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lora-") as scratch:
+        complete = Path(scratch) / path.name
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, complete, metadata=header)
+        sort_header(complete)
+        os.replace(complete, path)
 
 
 def sort_header(path):

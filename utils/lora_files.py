@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from utils import flux, lora, restore
 from utils.parse import write_json
@@ -208,7 +208,7 @@ def write(path, pairs, layout, settings=None):
             if layout == "comfyui":  # older names of the CLIP layers, which diffusers takes too
                 module = module.replace("text_encoder.", "text_encoder.text_model.", 1)
             down, up = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
-            tensors |= {f"{module}.{down}.weight": a.contiguous(), f"{module}.{up}.weight": b.contiguous()}
+            tensors |= {f"{module}.{down}.weight": a, f"{module}.{up}.weight": b}
             if layout != "diffusers":
                 tensors[f"{module}.alpha"] = torch.tensor(scale * len(a))
     header = {"format": "pt"}
@@ -216,12 +216,7 @@ def write(path, pairs, layout, settings=None):
         header[HEADER] = json.dumps(config, indent=2, sort_keys=True)
     if settings:
         header[lora.SETTINGS_KEY] = json.dumps(settings, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lora-") as scratch:
-        complete = Path(scratch) / path.name
-        save_file(tensors, complete, metadata=header)
-        lora.sort_header(complete)
-        os.replace(complete, path)
+    lora.write_file(path, tensors, header)
 
 
 def describe(path):

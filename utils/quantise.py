@@ -51,21 +51,27 @@ def pipeline_config(base_precision, bnb_options, dtype):
         compute = {"bnb_4bit_compute_dtype": dtype} if bnb_options.get("load_in_4bit") else {}
         config = BitsAndBytesConfig(**(compute | bnb_options))
     elif base_precision in ("int8", "fp8"):
-        from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
+        from torchao.quantization import FqnToConfig
 
-        kind = Int8WeightOnlyConfig if base_precision == "int8" else Float8WeightOnlyConfig
-        config = TorchAoConfig(FqnToConfig({BLOCK_WEIGHTS: kind(set_inductor_config=False)}))
+        config = TorchAoConfig(FqnToConfig({BLOCK_WEIGHTS: weight_config(base_precision)}))
     else:
         return None
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
-def quantise_blocks(transformer, base_precision):
-    """Quantise the blocks' linear layers of a loaded transformer in place, for inference; "int8" or "fp8"."""
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+def weight_config(base_precision):
+    """torchao's configuration of one linear layer's weights, "int8" or "fp8"."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kind = Int8WeightOnlyConfig if base_precision == "int8" else Float8WeightOnlyConfig
-    quantize_(transformer, kind(set_inductor_config=False), filter_fn=lambda module, name: isinstance(
+    return kind(set_inductor_config=False)
+
+
+def quantise_blocks(transformer, base_precision):
+    """Quantise the blocks' linear layers of a loaded transformer in place, for inference; "int8" or "fp8"."""
+    from torchao.quantization import quantize_
+
+    quantize_(transformer, weight_config(base_precision), filter_fn=lambda module, name: isinstance(
         module, torch.nn.Linear) and re.fullmatch(BLOCK_WEIGHTS.removeprefix("re:"), name) is not None)
     keep_packed(transformer)
 

@@ -315,6 +315,24 @@ def collect_state(models, optimizer, lr_scheduler, ema):
             "lr_scheduler": lr_scheduler.state_dict(), "ema": ema.state_dict() if ema else None}
 
 
+def save_checkpoint(accelerator, args, step, identity, models, optimizer, lr_scheduler, ema, write_lora):
+    """Write checkpoint-<step> on the main process, the others waiting; before the first step there is nothing to save.
+    write_lora(folder): as for checkpoint.save."""
+    if accelerator.is_main_process and step:
+        state = collect_state(models, optimizer, lr_scheduler, ema)
+        checkpoint.save(args.output_dir, step, state, identity, limit=args.checkpoints_total_limit,
+                        write_lora=write_lora)
+    accelerator.wait_for_everyone()
+
+
+def report_validation(accelerator, output_dir, scores, grid, step):
+    """Scores {"validation/name": float} and the picture `grid`, to metrics.jsonl, the trackers and the terminal."""
+    log_metrics(accelerator, output_dir, scores, step)
+    log_image(accelerator, "validation", grid, step)
+    numbers = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
+    tqdm.write(f"step {step}: {numbers}")
+
+
 def load_state(state, models, optimizer, lr_scheduler, ema):
     """Put the state of checkpoint.load back, before accelerator.prepare."""
     for name, model in models.items():

@@ -187,7 +187,7 @@ def out_of_memory_explained(what, smaller="a smaller --tile, --crop_px in scorin
 
 def encode_text(args, settings, device, dtype, lora_file=None):
     """TextEmbeds of batch 1 of the prompt. lora_file: a LoRA whose part for CLIP, if it has one, is applied."""
-    where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+    where = flux.source(args)
     encoded = flux.encode_prompts(args.pretrained_model_name_or_path, [settings["prompt"]], device, dtype,
                                   settings["max_sequence_length"], lora_file, getattr(args, "lora_weight", 1.0),
                                   **where)
@@ -200,7 +200,7 @@ def load_models(args, settings, device, dtype, prepare=None):
     where the kernel does not run here."""
     if device.type == "cpu" and args.attention_backend not in ("native", "_native_flash"):
         raise ValueError(f"--attention_backend {args.attention_backend} needs a CUDA device; leave it out")
-    where = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+    where = flux.source(args)
     path = args.pretrained_model_name_or_path
     with out_of_memory_explained(path):
         text = encode_text(args, settings, device, dtype, args.lora)

@@ -159,11 +159,6 @@ def validate_edits(pipe, items, texts, settings, steps, seed, grid_path, image_t
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def in_words(scores):
-    """{"validation/psnr": 24.123} -> "psnr 24.12"."""
-    return ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
-
-
 def save_grid(rows, labels, captions, path):
     """image_grid in a PNG file whose folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
