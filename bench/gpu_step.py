@@ -6,13 +6,17 @@ others are ours: explicit bf16, fp32 LoRA masters, compiled blocks, the settings
 tokens; `planned` is what --memory auto chooses for --memory_limit. Latents are there already in every arm, A and B of
 the LoRA are not zero. Where all arms fit the card together they run in one process, interleaved; else each in its own
 (--separate). 3 warm-up steps, then CUDA events around each of 10. MFU: useful FLOPs (bench/flops.py) a second over
---peak_tflops.
+--peak_tflops. `card's s`: the same FLOPs at what this card reached in this run, once the arms were gone, in products
+and attention of their shapes; `of card`: that over the median. --profile: the kernels of 3 more steps.
 
---sampling 4,28 measures images of so many steps instead, eager and compiled."""
+Instead of training steps, --sampling 4,28 measures images of so many steps, eager and compiled; --ceilings 4608,8704
+products and attention at so many tokens, in bf16 and fp8, with every attention kernel that runs here."""
 
 import argparse
 import dataclasses
+import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +26,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from bench import flops
 from bench.random_flux import random_pipeline, random_text
@@ -35,6 +42,9 @@ from utils.restore import STOCK_SETTINGS
 WARM_UP = 3
 SHORT_TEXT = 128
 LORA_STD = 0.01
+CALLS, ROUNDS = 10, 3  # of a ceiling: a single call is too short for a clock
+KERNELS = 15
+FLUX_PRODUCTS = ((1, 1), (1, 4), (4, 1), (5, 1))  # columns and rows of the blocks' weights, in widths of the model
 ARMS = {
     "official": Plan("full"),
     "full": Plan("full"),
@@ -44,8 +54,17 @@ ARMS = {
     "short": Plan("none", adaln_tables=True),
     "full_tables": Plan("full", adaln_tables=True),
     "int8": Plan("full", "int8", adaln_tables=True),
+    "fp8": Plan("full", "fp8", adaln_tables=True),
     "nf4": Plan("full", "nf4", adaln_tables=True),
     "planned": None,
+}
+# What a kernel does, by its name; the first that fits. cuDNN, FlashAttention, cuBLAS, CUTLASS, Triton, PyTorch.
+KERNEL_GROUPS = {
+    "attention": re.compile(r"flash|fmha|sdpa|attention|dot_do_o|convert_dq", re.I),
+    "GEMM": re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|conv|scaled_mm|linear|::(add|b)?mm$",
+                       re.I),
+    "elementwise": re.compile(r"triton|elementwise|reduce|norm|copy|catarray|fill|multi_tensor|memcpy|memset|dequant|"
+                              r"aten::(mul|add|sub|div|cat|sum|mean|pow|to|clone|silu|gelu|sigmoid)", re.I),
 }
 
 
@@ -63,6 +82,8 @@ def parse_args(argv=None):
     parser.add_argument("--memory_limit", type=float, help="GiB that each arm may use, the CUDA context included")
     parser.add_argument("--separate", action="store_true", help="each arm in a process of its own")
     parser.add_argument("--sampling", help="comma list of sampling steps, measured instead of training steps")
+    parser.add_argument("--ceilings", help="comma list of tokens; products and attention are measured instead")
+    parser.add_argument("--profile", action="store_true", help=f"the {KERNELS} kernels that take most, of each arm")
     parser.add_argument("--peak_tflops", type=float, default=790, help="what the card's bf16 products reach; an H200's "
                         "8192^3 product here")
     parser.add_argument("--output", help="JSON file")
@@ -84,13 +105,14 @@ def parse_args(argv=None):
                          "tries the code")
     try:
         args.blocks = tuple(int(count) for count in args.layers.split(","))
-        args.sampling_steps = [int(count) for count in (args.sampling or "").split(",") if count]
+        args.sampling_steps, args.ceiling_tokens = (
+            [int(count) for count in (text or "").split(",") if count] for text in (args.sampling, args.ceilings))
     except ValueError as error:
-        raise ValueError(f"--layers {args.layers}, --sampling {args.sampling}: give whole numbers, such as 19,38 and "
-                         "4,28") from error
-    if len(args.blocks) != 2 or min(args.blocks + tuple(args.sampling_steps)) < 1:
-        raise ValueError(f"--layers {args.layers}, --sampling {args.sampling}: give two numbers of blocks, such as "
-                         "19,38, and steps of 1 or more")
+        raise ValueError(f"--layers {args.layers}, --sampling {args.sampling}, --ceilings {args.ceilings}: give whole "
+                         "numbers, such as 19,38 and 4,28 and 4608,8704") from error
+    if len(args.blocks) != 2 or min(*args.blocks, *args.sampling_steps, *args.ceiling_tokens) < 1:
+        raise ValueError(f"--layers {args.layers}, --sampling {args.sampling}, --ceilings {args.ceilings}: give two "
+                         "numbers of blocks, such as 19,38, and steps and tokens of 1 or more")
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
     return args
@@ -121,15 +143,16 @@ def quantise_blocks(transformer, base_precision, dtype):
     if base_precision == "nf4":
         from bitsandbytes.nn import Linear4bit, Params4bit
 
+        double_quant, quant_type = (quantise.NF4[f"bnb_4bit_{name}"] for name in ("use_double_quant", "quant_type"))
         for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
             for path, module in list(blocks.named_modules()):
                 if isinstance(module, torch.nn.Linear):
                     parent, _, child = path.rpartition(".")
                     packed = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype,
-                                        quant_type="nf4", device="meta")
+                                        double_quant, quant_type, device="meta")
                     packed.bias = module.bias
-                    packed.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(
-                        module.weight.device)
+                    packed.weight = Params4bit(module.weight.data, requires_grad=False, quant_type=quant_type,
+                                               compress_statistics=double_quant).to(module.weight.device)
                     setattr(blocks.get_submodule(parent), child, packed)
         transformer.is_loaded_in_4bit = True  # peft asks
     elif base_precision != "bf16":
@@ -280,19 +303,123 @@ def measure_arms(args, device, dtype):
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" and len(arms) == 1 else None
     rows = []
     for arm in arms:
+        kernels = profile_arm(arm) if args.profile else None
         counts = flops.count_step(arm.job)
-        useful = counts["forward FLOPs"] + counts["backward FLOPs"] - counts["backward attention"] // 5
+        forward, backward = counts["forward attention"], counts["backward attention"]
+        tflop = {"product": (counts["forward FLOPs"] - forward + counts["backward FLOPs"] - backward) / 1e12,
+                 "attention forward": forward / 1e12, "attention backward": backward * 4 / 5 / 1e12}
+        useful = sum(tflop.values())
         median = statistics.median(arm.seconds)
         rows.append({
             "arm": arm.name, "settings": arm.plan.in_words(), "text tokens": arm.job.text_tokens,
             "median s": median, "min s": min(arm.seconds), "max s": max(arm.seconds), "first step s": arm.first,
-            "useful TFLOP": useful / 1e12, "MFU": useful / median / 1e12 / args.peak_tflops,
+            "TFLOP": tflop, "useful TFLOP": useful, "MFU": useful / median / args.peak_tflops,
             "allocated GiB": (arm.resident + arm.passing) / GIB if device.type == "cuda" else None,
             "reserved GiB": reserved / GIB if reserved is not None else None,
             "predicted GiB": sum(memory.predict(arm.job, arm.plan).values()) / GIB if arm.name != "official" else None,
-            "seconds": arm.seconds, "losses": arm.losses,
+            "seconds": arm.seconds, "losses": arm.losses[: args.steps], "kernels": kernels,
         })
     return rows
+
+
+def group_of(kernel):
+    return next((group for group, pattern in KERNEL_GROUPS.items() if pattern.search(kernel)), "other")
+
+
+def profile_arm(arm):
+    """[{"kernel", "group", "calls", "seconds", "share"}] of a step, the longest first, as the mean of 3 steps; printed.
+    On a CPU operations instead of kernels. The draws of noise, which Timer leaves out, are in it."""
+    on_gpu = arm.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
+        wall = sum(arm.step(step) for step in range(-WARM_UP, 0)) / WARM_UP
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    kernels = [{"kernel": event.key, "group": group_of(event.key), "calls": event.count / WARM_UP,
+                "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / WARM_UP}
+               for event in record.key_averages() if event.device_type == kind and not event.is_user_annotation]
+    busy = sum(kernel["seconds"] for kernel in kernels)
+    for kernel in kernels:
+        kernel["share"] = kernel["seconds"] / busy
+    kernels.sort(key=lambda kernel: -kernel["seconds"])
+    shares = {group: sum(kernel["share"] for kernel in kernels if kernel["group"] == group)
+              for group in (*KERNEL_GROUPS, "other")}
+    print(f"profile of {arm.name}: {busy:.4f} s of kernels in {wall:.4f} s, {sum(k['calls'] for k in kernels):.0f} "
+          f"launches a step; " + ", ".join(f"{group} {share:.1%}" for group, share in shares.items()))
+    short = [kernel | {"kernel": kernel["kernel"][:90].replace("|", "/")} for kernel in kernels[:KERNELS]]
+    print("\n".join(table(short, KERNEL_COLUMNS)), flush=True)
+    return kernels
+
+
+def measure_ceilings(args, batch, tokens, device, dtype, fp8=False):
+    """[{"work", "kind", "TFLOP", "median s", "TFLOP/s"}] of what this device does in products of FLUX's shapes, with
+    fp8 also in that, and in attention; what does not run here is named with the reason. Attention's backward counts as
+    four products."""
+    width, rows = args.heads * 128, []
+
+    def measure(work, kind, flop, call):
+        seconds = []
+        for _ in range(1 + ROUNDS):  # the first one builds plans
+            with Timer(device) as timer:
+                for _ in range(CALLS):
+                    call()
+            seconds.append(timer.seconds / CALLS)
+        median = statistics.median(seconds[1:])
+        rows.append({"work": work, "kind": kind, "TFLOP": flop / 1e12, "median s": median,
+                     "TFLOP/s": flop / median / 1e12})
+
+    def product(columns, results, kind):
+        x, weight = (torch.randn(shape, device=device, dtype=dtype)
+                     for shape in ((batch * tokens, columns), (results, columns)))
+        call = lambda: F.linear(x, weight)  # noqa: E731
+        if kind == "fp8 product":
+            codes, weight_codes = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+            one = torch.ones((), device=device)
+            call = lambda: torch._scaled_mm(codes, weight_codes.t(), one, one, out_dtype=dtype)  # noqa: E731
+        measure(f"{kind}, {batch * tokens} x {columns} x {results}", kind, 2 * batch * tokens * columns * results, call)
+
+    def attention(backend):
+        q, k, v = (torch.randn(batch, tokens, args.heads, 128, device=device, dtype=dtype, requires_grad=True)
+                   for _ in range(3))
+        flop, work = 4 * batch * tokens**2 * width, f"{batch} x {tokens} tokens, {backend}"
+        with attention_backend(backend):
+            result = dispatch_attention_fn(q, k, v)
+            gradient = torch.randn_like(result)
+            measure(f"attention forward, {work}", "attention forward", flop, lambda: dispatch_attention_fn(q, k, v))
+            measure(f"attention backward, {work}", "attention backward", 2 * flop, lambda: torch.autograd.grad(
+                result, (q, k, v), gradient, retain_graph=True))
+
+    for kind in ("product", "fp8 product")[: 1 + fp8]:
+        for columns, results in FLUX_PRODUCTS:
+            attempt(product, columns * width, results * width, kind)
+    for backend in speed.ATTENTION_BACKENDS:
+        attempt(attention, backend)
+    return rows
+
+
+def attempt(measure, *what):
+    """Measure what may not run here: not installed, or not for this device. Then it is named with the reason."""
+    try:
+        measure(*what)
+    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+        print(f"{measure.__name__} {what}: does not run here: {' '.join(str(error).split())[:120]}", flush=True)
+
+
+def compare_with_card(args, rows, device, dtype):
+    """Add to the rows of training steps what this card reaches in TFLOP/s, and the time that the same work takes so."""
+    gc.collect()  # arms hang on their own hooks
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reached = {}
+    for row in rows:
+        job = make_job(args, row["arm"])
+        if job.tokens not in reached:
+            ceilings = measure_ceilings(args, job.batch, job.tokens, device, dtype)
+            best = {kind: max(c["TFLOP/s"] for c in ceilings if c["kind"] == kind) for kind in row["TFLOP"]}
+            print(f"this card with {job.batch} x {job.tokens} tokens, TFLOP/s: "
+                  + ", ".join(f"{kind} {rate:.4g}" for kind, rate in best.items()))
+            reached[job.tokens] = best
+        row["card TFLOP/s"] = reached[job.tokens]
+        row["card's s"] = sum(count / row["card TFLOP/s"][kind] for kind, count in row["TFLOP"].items())
+        row["of card"] = row["card's s"] / row["median s"]
 
 
 def measure_apart(args, argv):
@@ -345,13 +472,16 @@ def measure_sampling(args, device, dtype):
 
 
 COLUMNS = {"arm": "", "text tokens": "", "median s": ".4f", "min s": ".4f", "max s": ".4f", "first step s": ".1f",
-           "useful TFLOP": ".4g", "MFU": ".1%", "allocated GiB": ".2f", "reserved GiB": ".2f", "predicted GiB": ".2f"}
+           "useful TFLOP": ".4g", "MFU": ".1%", "card's s": ".4f", "of card": ".1%", "allocated GiB": ".2f",
+           "reserved GiB": ".2f", "predicted GiB": ".2f"}
+KERNEL_COLUMNS = {"kernel": "", "group": "", "calls": ".0f", "seconds": ".5f", "share": ".1%"}
+CEILING_COLUMNS = {"work": "", "TFLOP": ".4g", "median s": ".6f", "TFLOP/s": ".4g"}
 
 
-def table(rows):
-    yield f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+def table(rows, columns=COLUMNS):
+    yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     for row in rows:
-        cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in COLUMNS.items()]
+        cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in columns.items()]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -360,12 +490,18 @@ def main(argv=None):
     args = parse_args(argv)
     device, dtype = torch.device(args.device), torch.bfloat16
     flux.check_sizes(memory.meta_vae(memory.KONTEXT_VAE), [(args.resolution,) * 2])
-    if args.sampling:
+    columns = COLUMNS
+    if args.ceilings:
+        columns = CEILING_COLUMNS
+        rows = [row for tokens in args.ceiling_tokens
+                for row in measure_ceilings(args, args.train_batch_size, tokens, device, dtype, fp8=True)]
+    elif args.sampling:
         rows = measure_sampling(args, device, dtype)
     elif len(args.names) > 1 and (args.separate or args.memory_limit or not fit_together(args, device)):
         rows = measure_apart(args, argv)
     else:
         rows = measure_arms(args, device, dtype)
+        compare_with_card(args, rows, device, dtype)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     machine = f"{card}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     print(f"{machine}; batch {args.train_batch_size} at {args.resolution} px with a reference of that size, blocks "
@@ -373,7 +509,7 @@ def main(argv=None):
           f"{'compiled' if args.compile else 'eager'}, MFU of {args.peak_tflops:g} TFLOP/s")
     if device.type != "cuda":
         print("on a CPU: these times and MFUs mean nothing")
-    print("\n".join(table(rows)), flush=True)
+    print("\n".join(table(rows, columns)), flush=True)
     for row in rows:
         if "settings" in row:
             print(f"{row['arm']}: {row['settings']}; last loss {row['losses'][-1]:.4f}")

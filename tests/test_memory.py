@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils import lora, memory, run
+from utils import flux, lora, losses, memory, placement, quantise, run
 from utils.checkpointing import enable_checkpointing
 from utils.memory import GIB, Job, Plan
 
@@ -80,17 +80,18 @@ def test_few_blocks_multiplied_equal_the_whole_model(checkpointing, monkeypatch)
 
 def test_layers_of_one_block_are_counted_on_the_whole_model():
     job = small(layers="transformer_blocks.1.attn.to_q,single_transformer_blocks.2.proj_mlp")
-    assert memory.lora_size(job) == 4 * (2 * 128 + 128 + 4 * 128)
+    assert memory.lora_size(job)[0] == 4 * (2 * 128 + 128 + 4 * 128)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_peak_is_within_two_percent_of_what_a_real_step_allocates(checkpointing, monkeypatch):
+@pytest.mark.parametrize(("checkpointing", "use_dora"), [
+    ("none", False), ("selective", False), ("full", False), ("none", True), ("full", True)])
+def test_peak_is_within_two_percent_of_what_a_real_step_allocates(checkpointing, use_dora, monkeypatch):
     """PyTorch's own record of the CPU allocator; RMSNorm keeps there what the GPU's kernel keeps."""
     from diffusers import FluxTransformer2DModel
 
-    job = small(config=TINY, weight_bytes=4, sizes=((128, 256), (128, 256)))
+    job = small(config=TINY, weight_bytes=4, sizes=((128, 256), (128, 256)), use_dora=use_dora)
     transformer = FluxTransformer2DModel.from_config(TINY).requires_grad_(False).train()
-    lora.attach(transformer, job.rank)
+    lora.attach(transformer, job.rank, use_dora=use_dora)
     enable_checkpointing(transformer, checkpointing)
     for parameter in lora.parameters(transformer):
         parameter.grad = torch.zeros_like(parameter)
@@ -99,14 +100,19 @@ def test_peak_is_within_two_percent_of_what_a_real_step_allocates(checkpointing,
     assert memory.step_bytes(job, checkpointing, False)[1] == pytest.approx(peak, rel=0.02)
 
 
-def allocated_peak(work):
-    """Most bytes that the CPU's allocator has given out at a time during work()."""
+def allocated(work):
+    """Bytes that the CPU's allocator has given out during work(), after each change; its result lives to the end."""
     work()  # what the first call makes and keeps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
+        result = work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
+    return list(itertools.accumulate(changes))
+
+
+def allocated_peak(work):
+    return max(allocated(work))
 
 
 def test_live_bytes_count_a_storage_once_and_forget_it_when_it_is_freed():
@@ -142,13 +148,19 @@ def test_weights_of_flux_are_two_bytes_per_parameter_and_tables_take_the_adaln_l
 def test_whole_small_model_has_the_bytes_that_are_predicted():
     plain = memory.meta_transformer(SMALL)
     assert memory.transformer_bytes(SMALL_JOB)[0] == sum(parameter.nbytes for parameter in plain.parameters())
-    assert memory.lora_size(SMALL_JOB) == sum(
-        parameter.numel() for parameter in lora.parameters(memory.meta_transformer(SMALL, rank=4)))
+    for job in (SMALL_JOB, small(use_dora=True)):
+        with_lora = memory.meta_transformer(SMALL, rank=4, use_dora=job.use_dora)
+        assert memory.lora_size(job)[0] == sum(parameter.numel() for parameter in lora.parameters(with_lora))
 
 
 @pytest.mark.parametrize(("rank", "parameters"), [(4, 13_541_376), (64, 216_662_016)])
 def test_lora_of_flux_has_the_known_number_of_parameters(kontext, rank, parameters):
-    assert memory.lora_size(replace(kontext, rank=rank)) == parameters
+    assert memory.lora_size(replace(kontext, rank=rank)) == (parameters, 8 * parameters)
+
+
+def test_dora_adds_a_number_for_every_row_of_every_layer(kontext):
+    rows = 19 * (10 * 3072 + 2 * 4 * 3072) + 38 * (3 * 3072 + 4 * 3072)  # attention and feed-forward
+    assert memory.lora_size(replace(kontext, use_dora=True))[0] == memory.lora_size(kontext)[0] + rows
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -171,29 +183,105 @@ def test_8_bit_weights_take_the_predicted_bytes_whole_and_unpacked(precision):
     assert peak == pytest.approx(2 * rows * columns, rel=0.05)  # as predict has it: one weight in bf16
 
 
-def test_nf4_weights_take_the_predicted_bytes():
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(192, 320), (64, 100)])  # 960 scales and 100, of 256 a group
+def test_nf4_weights_take_the_predicted_bytes(rows, columns, double_quant):
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(torch.randn(192, 320, dtype=torch.bfloat16), quant_type="nf4")
-    real = packed.nbytes + state.absmax.nbytes + state.code.nbytes
-    assert memory.linear_bytes(192, 320, "nf4", 2) == real
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    parts = [packed, state.absmax, state.code]
+    if double_quant:
+        parts += [state.offset, state.state2.absmax, state.state2.code]
+    assert memory.linear_bytes(rows, columns, "nf4", 2, double_quant) == sum(part.nbytes for part in parts)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "schedule_free"])
-def test_optimizers_keep_the_predicted_bytes_per_parameter(optimizer):
-    args = SimpleNamespace(learning_rate=1e-4, scale_lr=False, optimizer=optimizer, use_8bit_adam=False, adam_beta1=0.9,
-                           adam_beta2=0.99, adam_weight_decay=0.0, adam_epsilon=1e-8, prodigy_beta3=None, use_ema=False,
-                           prodigy_decouple=True, prodigy_use_bias_correction=True, prodigy_safeguard_warmup=True,
-                           lr_warmup_steps=0)
-    weight = torch.nn.Parameter(torch.randn(1000))
-    weight.grad = torch.ones_like(weight)
-    made = run.make_optimizer([weight], args, 1)
+def test_double_quantisation_is_4_13_bits_a_weight_and_saves_three_eighths_of_one_on_flux(kontext):
+    bits = 8 * memory.linear_bytes(3072, 12288, "nf4", 2) / (3072 * 12288)
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
+    single = memory.transformer_bytes(replace(kontext, double_quant=False), "nf4", True)[0]
+    assert single - memory.transformer_bytes(kontext, "nf4", True)[0] == pytest.approx(0.373 / 8 * 8.55e9, rel=0.01)
+    assert quantise.NF4["bnb_4bit_use_double_quant"] and Job.double_quant
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "schedule_free"])
+def test_optimizers_keep_the_predicted_bytes(optimizer):
+    args = SimpleNamespace(learning_rate=1e-4, scale_lr=False, optimizer=optimizer.removesuffix("8bit"),
+                           use_8bit_adam=optimizer == "adamw8bit", adam_beta1=0.9, adam_beta2=0.99,
+                           adam_weight_decay=0.0, adam_epsilon=1e-8, prodigy_beta3=None, prodigy_decouple=True,
+                           prodigy_use_bias_correction=True, prodigy_safeguard_warmup=True, lr_warmup_steps=0)
+    weights = [torch.nn.Parameter(torch.randn(count)) for count in (1000, 4096, 10_000)]  # 8 bits begin at 4096
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    made = run.make_optimizer(weights, args, 1)
     run.set_optimizer_mode(made, training=True)
     made.step()
-    state = sum(value.nbytes for value in made.state[weight].values()
-                if isinstance(value, torch.Tensor) and value.numel() > 1)
-    assert state == 1000 * memory.state_bytes(args)
-    assert memory.state_bytes(SimpleNamespace(**vars(args) | {"use_ema": True})) == memory.state_bytes(args) + 4
+    for weight in weights:
+        state = sum(value.nbytes for name, value in made.state[weight].items()
+                    if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in name)  # one for all
+        assert state == memory.state_bytes(optimizer, weight.numel())
+
+
+def test_state_of_a_whole_lora_is_the_sum_over_its_tensors():
+    job = small(optimizer="adamw8bit", rank=32)
+    sizes = [parameter.numel() for parameter in lora.parameters(memory.meta_transformer(SMALL, rank=32))]
+    assert min(sizes) == 4096 and max(sizes) > 4096
+    assert memory.lora_size(job) == (sum(sizes), sum(2 * size + 8 * -(-size // 256) for size in sizes))
+
+
+def test_moving_average_and_ddp_buckets_hold_each_lora_parameter_once_more(tmp_path):
+    """DDP's buckets are tensors beside the gradients: Accelerate leaves gradient_as_bucket_view off."""
+    from accelerate import DistributedDataParallelKwargs
+
+    linear = torch.nn.Linear(300, 200, bias=False)
+    shadows = lora.make_ema([linear.weight], 0.9).shadow_params
+    assert sum(shadow.nbytes for shadow in shadows) == 4 * linear.weight.numel()
+
+    def step(model):
+        linear.weight.grad = None
+        model(torch.zeros(1, 300)).sum().backward()
+        return model
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        options = DistributedDataParallelKwargs().to_kwargs()
+        alone = allocated(lambda: step(linear))[-1]
+        wrapped = allocated(lambda: step(torch.nn.parallel.DistributedDataParallel(linear, **options)))[-1]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert wrapped - alone == pytest.approx(linear.weight.nbytes, abs=1024)
+    plain = memory.predict(TINY_JOB, Plan())
+    parameters = memory.lora_size(TINY_JOB)[0]
+    for change, part in (({"use_ema": True}, "LoRA: moving average"),
+                         ({"distributed": True}, "LoRA: gradients once more, in DDP's buckets")):
+        parts = memory.predict(replace(TINY_JOB, **change), Plan())
+        assert parts[part] == 4 * parameters and sum(parts.values()) == sum(plain.values()) + 4 * parameters
+
+
+SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "projection_dim": 64, "vocab_size": 500, "eos_token_id": 499}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_clip_lora_adds_its_weights_its_graph_and_its_lora(use_dora):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    job = small(config=TINY, clip_config=SMALL_CLIP, weight_bytes=4, use_dora=use_dora)
+    clip = CLIPTextModel(CLIPTextConfig.from_dict(SMALL_CLIP)).requires_grad_(False).train()
+    weights = sum(parameter.nbytes for parameter in clip.parameters())
+    sizes = [parameter.numel() for parameter in lora.attach(clip, 4, layers=lora.CLIP_LAYERS, use_dora=use_dora)]
+    assert memory.lora_size(job)[0] == memory.lora_size(replace(job, clip_config=None))[0] + sum(sizes)
+    graph = allocated(lambda: clip(torch.zeros(job.batch, 77, dtype=torch.long)).pooler_output)[-1]
+    assert memory.clip_bytes(job) - weights == pytest.approx(graph, rel=0.02)
+    assert memory.predict(job, Plan())["CLIP with what its graph keeps"] == memory.clip_bytes(job)
+
+
+def test_clip_of_flux_has_its_known_size(kontext):
+    """CLIP-L, whose sizes are transformers' defaults but for these."""
+    config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+    job = replace(kontext, clip_config=config)
+    assert 2 * 123_060_480 < memory.clip_bytes(job) < 2 * 123_060_480 + 32 * 2**20
+    assert memory.lora_size(job)[0] - memory.lora_size(kontext)[0] == 12 * 4 * 2 * 16 * 768
 
 
 def test_vae_of_flux_has_84_million_parameters_and_its_work_grows_with_the_image(kontext, kontext_512):
@@ -202,9 +290,52 @@ def test_vae_of_flux_has_84_million_parameters_and_its_work_grows_with_the_image
     assert peak == pytest.approx(4 * memory.vae_bytes(kontext_512)[1], rel=0.02)
 
 
-def test_crops_of_a_perceptual_loss_keep_a_graph_per_image():
-    one, two = (memory.vae_bytes(small(batch=batch, decode_px=64))[2] for batch in (1, 2))
-    assert 0 < one < two < 2 * one
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    """VGG16's convolutions with random weights, as torchvision's checkpoint names them."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save({f"features.{name}": value for name, value in make_layers(cfgs["D"]).state_dict().items()}, path)
+    return path
+
+
+def real_crop(module):
+    """A function that decodes a crop of 64 px on the CPU, with a graph, and compares it."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_config(SMALL_VAE).eval().requires_grad_(False)
+    latents, target = torch.zeros(1, 16, 8, 8, requires_grad=True), torch.zeros(1, 3, 64, 64)
+    latents.grad = torch.zeros_like(latents)
+    return lambda: module(flux.decode(vae, latents), target)
+
+
+def crop_job(module, batch=1):
+    return replace(TINY_JOB, batch=batch, weight_bytes=4, perceptual=module, decode_px=64)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "lpips"])
+def test_each_image_of_a_perceptual_loss_keeps_the_graph_of_a_real_crop(kind, vgg_file):
+    module = losses.make_perceptual_loss(kind, vgg_file)
+    weights, graph = sum(value.nbytes for value in module.state_dict().values()), allocated(real_crop(module))[-1]
+    jobs = [crop_job(module.to("meta"), batch) for batch in (1, 2)]
+    one, two = (memory.vae_bytes(job)[2] for job in jobs)
+    assert two - one == pytest.approx(graph, rel=1e-3) and one > graph
+    parts = memory.predict(jobs[0], Plan())
+    assert parts["weights of the perceptual loss"] == weights and parts["crops of the perceptual loss"] == one
+
+
+def test_peak_of_a_perceptual_loss_is_that_of_a_real_crop_but_for_scratch_of_convolutions():
+    module = losses.GradientLoss()
+    compare = real_crop(module)
+    assert memory.vae_bytes(crop_job(module))[2] == pytest.approx(allocated_peak(lambda: compare().sum().backward()),
+                                                                  rel=0.1)
+
+
+def test_a_perceptual_loss_without_crops_is_counted_on_the_whole_image():
+    whole, crop = (memory.vae_bytes(small(perceptual=losses.GradientLoss(), decode_px=px))[2] for px in (0, 64))
+    assert whole > 1.5 * crop
+    assert memory.vae_bytes(small(decode_px=64))[2] == 0
 
 
 def test_parts_add_up_and_grow_with_batch_and_rank():
@@ -310,7 +441,9 @@ def arguments(*flags, model="no/such/folder"):
     memory.add_memory_args(parser)
     return SimpleNamespace(**vars(parser.parse_args(flags)), pretrained_model_name_or_path=model, revision=None,
                            cache_dir=None, train_batch_size=1, max_sequence_length=16, rank=4, lora_layers=None,
-                           lora_dropout=0.0, optimizer="adamw", use_8bit_adam=False, use_ema=False)
+                           lora_dropout=0.0, optimizer="adamw", use_8bit_adam=False, use_ema=False, use_dora=False,
+                           gradient_checkpointing=False, adaln_tables=None, base_precision=None, bnb_options=None,
+                           perceptual_loss=None, perceptual_weights=None)
 
 
 def test_on_a_cpu_auto_changes_nothing_reads_nothing_and_says_nothing(capsys):
@@ -332,8 +465,33 @@ def test_memory_limit_bounds_plan_and_allocator_of_a_gpu(tiny_model, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", hold)
     args = arguments("--memory_limit", "8", model=tiny_model)
+    args.perceptual_loss = "gradient"
     plan = memory.plan_run(args, torch.device("cuda"), torch.bfloat16, SIZES, decode_px=32)
     assert "of 8.00 GiB predicted" in capsys.readouterr().out and plan.parts["crops of the perceptual loss"] > 0
     assert held_to == [pytest.approx((8 - 0.7) / 80)]
     with pytest.raises(ValueError, match="--memory_limit 0.5: give GiB of a GPU"):
         memory.plan_run(arguments("--memory_limit", "0.5"), torch.device("cuda"), torch.bfloat16, SIZES)
+
+
+def test_every_flag_that_takes_memory_reaches_the_planner(tiny_model, vgg_file, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(memory, "gpu_bytes", lambda device, limit=None: 100 * GIB)
+    monkeypatch.setattr(memory, "choose", lambda job, *rest: jobs.append(job) or Plan(parts={}))
+
+    def job(train_text_encoder=False, **flags):
+        args = arguments(model=tiny_model)
+        vars(args).update(flags)
+        placement.plan(args, torch.device("cpu"), torch.bfloat16, SIZES, ["p"], train_text_encoder)
+        return jobs.pop()
+
+    plain = job()
+    assert (plain.use_dora, plain.optimizer, plain.use_ema, plain.distributed, plain.double_quant, plain.clip_config,
+            plain.perceptual) == (False, "adamw", False, False, True, None, None)
+    assert job(use_dora=True).use_dora and job(use_ema=True).use_ema
+    assert job(use_8bit_adam=True).optimizer == "adamw8bit" and job(optimizer="prodigy").optimizer == "prodigy"
+    assert job(train_text_encoder=True).clip_config["hidden_size"] == 16
+    assert job(bnb_options=quantise.NF4).double_quant and not job(bnb_options={"load_in_4bit": True}).double_quant
+    perceptual = job(perceptual_loss="lpips", perceptual_weights=vgg_file).perceptual
+    assert {weight.device.type for weight in perceptual.state_dict().values()} == {"meta"}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert job().distributed

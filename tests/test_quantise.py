@@ -248,7 +248,7 @@ def test_with_cuda_nf4_is_bitsandbytes_and_two_ways_of_quantising_are_refused(mo
     args = options(base_precision="nf4")
     quantise.check_quantisation_args(args)
     config = quantise.pipeline_config("nf4", args.bnb_options, torch.bfloat16).quant_mapping["transformer"]
-    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype is torch.bfloat16
     file = tmp_path / "nf4.json"
     file.write_text('{"load_in_8bit": true}')

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from utils import adaln, flux, lora
+from utils import adaln, flux, lora, losses
 from utils.checkpointing import enable_checkpointing
 
 GIB = 2**30
@@ -40,6 +40,12 @@ FLASH_BACKWARD_BYTES = 4  # per element of the query: flash attention sums its g
 # Quantised weights (utils/quantise.py): what each row adds, in bytes.
 ROW_BYTES = {"int8": 5, "fp8": 4}  # torchao: an fp32 scale, and for int8 a zero point
 NF4_BLOCK, NF4_CODES = 64, 16 * 4  # bitsandbytes: an fp32 scale for 64 weights, a table of 16 values
+# Double quantisation: the scales in 8 bit, an fp32 scale for 256 of them, a table of 256 values, and their mean.
+SCALE_BLOCK, SCALE_CODES = 256, 256 * 4 + 4
+
+# Bytes of an optimizer's state per parameter. prodigyopt keeps no start value of what starts at zero: 12 for LoRA's B.
+STATE_BYTES = {"adamw": 8, "prodigy": 16, "schedule_free": 8}
+ADAM_8BIT_BLOCK, ADAM_8BIT_SMALLEST = 256, 4096  # bitsandbytes: an fp32 scale for 256 values; fp32 for small tensors
 
 BLOCKS_IN_USE = 2  # with offload (utils/offload.py): the one that computes and the one that arrives
 
@@ -68,8 +74,9 @@ def add_memory_args(parser):
 class Job:
     """What is trained. config, vae_config: of the models' folders, or KONTEXT, KONTEXT_VAE. sizes: ((height, width) of
     the target, then of each reference), px. weight_bytes: of one weight that is not quantised, 2 for bf16, 4 for fp32.
-    state_bytes: of the optimizer and of a moving average per LoRA parameter, see state_bytes. decode_px: side of the
-    crops that a perceptual loss decodes with gradients, 0 without."""
+    optimizer: see state_bytes. use_ema: with a moving average. distributed: under DDP. double_quant: NF4's scales are
+    quantised too. clip_config: of CLIP where it has a LoRA. perceptual: the loss's module on the meta device, if any;
+    decode_px: side of the crops that are decoded for it, 0 for the whole image."""
 
     config: dict
     vae_config: dict
@@ -80,7 +87,13 @@ class Job:
     layers: str | None = None
     dropout: float = 0.0
     weight_bytes: int = 2
-    state_bytes: int = 8
+    use_dora: bool = False
+    optimizer: str = "adamw"
+    use_ema: bool = False
+    distributed: bool = False
+    double_quant: bool = True
+    clip_config: dict | None = None
+    perceptual: torch.nn.Module | None = None
     decode_px: int = 0
 
     @property
@@ -92,6 +105,11 @@ class Job:
     @property
     def tokens(self):
         return self.text_tokens + self.image_tokens
+
+    @property
+    def dtype(self):
+        """Of the frozen weights."""
+        return torch.bfloat16 if self.weight_bytes == 2 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -183,7 +201,7 @@ def gpu_kernels():
         F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
 
 
-def meta_transformer(config, dtype=torch.bfloat16, rank=None, layers=None, dropout=0.0):
+def meta_transformer(config, dtype=torch.bfloat16, rank=None, layers=None, dropout=0.0, use_dora=False):
     """The transformer on the meta device; with `rank` a LoRA whose gradients exist already, as from the second
     micro-step on."""
     from diffusers import FluxTransformer2DModel
@@ -194,7 +212,7 @@ def meta_transformer(config, dtype=torch.bfloat16, rank=None, layers=None, dropo
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     if rank:
-        lora.attach(transformer, rank, dropout=dropout, layers=layers)
+        lora.attach(transformer, rank, dropout=dropout, layers=layers, use_dora=use_dora)
     for parameter in lora.parameters(transformer):
         parameter.grad = torch.empty_like(parameter)
     return transformer
@@ -244,10 +262,8 @@ def for_all_blocks(count, config, layers=None):
 def step_bytes(job, checkpointing, offload_activations):
     """(bytes that backward needs and that are there after the forward pass, the most that there is at any time beyond
     weights, gradients and optimizer). With offload_activations what three blocks keep."""
-    dtype = torch.bfloat16 if job.weight_bytes == 2 else torch.float32
-
     def count(config):
-        transformer = meta_transformer(config, dtype, job.rank, job.layers, job.dropout)
+        transformer = meta_transformer(config, job.dtype, job.rank, job.layers, job.dropout, job.use_dora)
         enable_checkpointing(transformer, checkpointing)
         gradients = [parameter.grad for parameter in lora.parameters(transformer)]
         peaks = {}
@@ -277,21 +293,49 @@ def step_bytes(job, checkpointing, offload_activations):
 
 @functools.cache
 def lora_size(job):
-    """Parameters of the LoRA."""
+    """(parameters of the LoRA on the transformer and on CLIP, bytes that the optimizer keeps for them)."""
+    def size(parameters):
+        return {"parameters": sum(parameter.numel() for parameter in parameters),
+                "state": sum(state_bytes(job.optimizer, parameter.numel()) for parameter in parameters)}
+
     def count(config):
-        transformer = meta_transformer(config, rank=job.rank, layers=job.layers)
-        return {"parameters": sum(parameter.numel() for parameter in lora.parameters(transformer))}
+        return size(lora.parameters(meta_transformer(config, rank=job.rank, layers=job.layers, use_dora=job.use_dora)))
 
-    return for_all_blocks(count, job.config, job.layers)["parameters"]
+    counts = for_all_blocks(count, job.config, job.layers)
+    more = size(lora.parameters(meta_clip(job)) if job.clip_config else [])
+    return counts["parameters"] + more["parameters"], counts["state"] + more["state"]
 
 
-def linear_bytes(rows, columns, base_precision, plain_bytes):
+def meta_clip(job):
+    """CLIP with its LoRA on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig.from_dict(job.clip_config)).to(job.dtype).requires_grad_(False)
+    lora.attach(clip, job.rank, dropout=job.dropout, layers=lora.CLIP_LAYERS, use_dora=job.use_dora)
+    return clip.train()
+
+
+@functools.cache
+def clip_bytes(job):
+    """Bytes of CLIP's frozen weights and of what its graph keeps for a batch of prompts."""
+    clip = meta_clip(job)
+    frozen = sum(parameter.nbytes for parameter in clip.parameters() if not parameter.requires_grad)
+    tokens = torch.empty(job.batch, clip.config.max_position_embeddings, dtype=torch.long, device="meta")
+    with gpu_kernels(), LiveBytes(clip.parameters()) as live:
+        pooled = clip(tokens).pooler_output  # the graph hangs on it
+        return frozen + live.live - pooled.nbytes
+
+
+def linear_bytes(rows, columns, base_precision, plain_bytes, double_quant=True):
     """Bytes of a frozen linear layer's weight (rows, columns)."""
     count = rows * columns
     if base_precision == "bf16":
         return plain_bytes * count
     if base_precision == "nf4":
-        return math.ceil(count / 2) + 4 * math.ceil(count / NF4_BLOCK) + NF4_CODES
+        scales = math.ceil(count / NF4_BLOCK)
+        scale_bytes = scales + 4 * math.ceil(scales / SCALE_BLOCK) + SCALE_CODES if double_quant else 4 * scales
+        return math.ceil(count / 2) + scale_bytes + NF4_CODES
     return count + ROW_BYTES[base_precision] * rows
 
 
@@ -306,8 +350,8 @@ def transformer_bytes(job, base_precision="bf16", adaln_tables=False):
               if isinstance(module, torch.nn.Linear) and id(module.weight) not in gone}
 
     def size(module):
-        return sum(linear_bytes(*parameter.shape, base_precision, job.weight_bytes) if id(parameter) in linear
-                   else job.weight_bytes * parameter.numel()
+        return sum(linear_bytes(*parameter.shape, base_precision, job.weight_bytes, job.double_quant)
+                   if id(parameter) in linear else job.weight_bytes * parameter.numel()
                    for parameter in module.parameters() if id(parameter) not in gone)
 
     double, single = map(size, blocks)
@@ -320,12 +364,13 @@ def transformer_bytes(job, base_precision="bf16", adaln_tables=False):
 def vae_bytes(job):
     """(bytes of the VAE's weights, the most beyond them while it encodes a batch or decodes one image, what the graph
     of a perceptual loss's crops keeps at most)."""
-    vae = meta_vae(job.vae_config, torch.bfloat16 if job.weight_bytes == 2 else torch.float32)
+    vae = meta_vae(job.vae_config, job.dtype)
+    outside = [*vae.parameters(), *(job.perceptual.state_dict().values() if job.perceptual else [])]
     weights = sum(parameter.numel() for parameter in vae.parameters())
 
     def peak(work, *shape, graph=False):
         inputs = torch.empty(shape, device="meta", requires_grad=graph)
-        with gpu_kernels(), LiveBytes(vae.parameters()) as live, torch.set_grad_enabled(graph):
+        with gpu_kernels(), LiveBytes(outside) as live, torch.set_grad_enabled(graph):
             result = work(vae, inputs)
             held = live.live
             if graph:
@@ -335,9 +380,11 @@ def vae_bytes(job):
     encode = max(peak(flux.encode, job.batch, 3, *size)[1] for size in job.sizes)
     decode = peak(flux.decode, 1, *flux.latent_shape(vae, *job.sizes[0]))[1]
     crops = 0
-    if job.decode_px:
-        crop = (min(job.decode_px, side) for side in job.sizes[0])
-        held, most = peak(flux.decode, 1, *flux.latent_shape(vae, *crop), graph=True)
+    if job.perceptual:
+        crop = [min(job.decode_px or side, side) for side in job.sizes[0]]
+        target = torch.empty(1, 3, *crop, device="meta")
+        held, most = peak(lambda *given: job.perceptual(flux.decode(*given), target), 1,
+                          *flux.latent_shape(vae, *crop), graph=True)
         crops = (job.batch - 1) * held + most
     return job.weight_bytes * weights, max(encode, decode), crops
 
@@ -345,10 +392,13 @@ def vae_bytes(job):
 # --- what a run needs
 
 
-def state_bytes(args):
-    """Bytes that optimizer and moving average keep per LoRA parameter."""
-    moments = {"adamw": 2 if args.use_8bit_adam else 8, "prodigy": 16, "schedule_free": 8}
-    return moments[args.optimizer] + 4 * args.use_ema
+def state_bytes(optimizer, elements):
+    """Bytes that an optimizer keeps for a tensor. optimizer: of STATE_BYTES, or adamw8bit."""
+    if optimizer != "adamw8bit":
+        return STATE_BYTES[optimizer] * elements
+    if elements < ADAM_8BIT_SMALLEST:
+        return STATE_BYTES["adamw"] * elements
+    return 2 * (elements + 4 * math.ceil(elements / ADAM_8BIT_BLOCK))
 
 
 def predict(job, plan):
@@ -356,14 +406,19 @@ def predict(job, plan):
     total, rest, block, largest = transformer_bytes(job, plan.base_precision, plan.adaln_tables)
     held, peak = step_bytes(job, plan.checkpointing, plan.offload_activations)
     vae_weights, vae_peak, crops = vae_bytes(job)
-    parameters = lora_size(job)
+    parameters, state = lora_size(job)
     width = job.config["num_attention_heads"] * job.config["attention_head_dim"]
     present = rest + (BLOCKS_IN_USE + plan.resident_blocks) * block
     return {
         "transformer": min(total, present) if plan.offload_blocks else total,
         "VAE": vae_weights,
+        "CLIP with what its graph keeps": clip_bytes(job) if job.clip_config else 0,
+        "weights of the perceptual loss": sum(weight.nbytes for weight in job.perceptual.state_dict().values())
+        if job.perceptual else 0,
         "LoRA: fp32 masters and gradients": 8 * parameters,
-        "LoRA: optimizer": job.state_bytes * parameters,
+        "LoRA: optimizer": state,
+        "LoRA: moving average": 4 * parameters * job.use_ema,
+        "LoRA: gradients once more, in DDP's buckets": 4 * parameters * job.distributed,
         "activations": held,
         "passing, in backward": peak - held,
         "a weight unpacked": job.weight_bytes * largest if plan.base_precision != "bf16" else 0,
@@ -492,20 +547,35 @@ def read_configs(path, **where):
                 AutoencoderKL.load_config(path, subfolder="vae", **where))
 
 
-def plan_run(args, device, dtype, sizes, tables_possible=False, fixed=None, decode_px=0, batch=None):
+def read_clip_config(path, **where):
+    """CLIP's config of a model's folder or hub id. where: revision, cache_dir."""
+    from transformers import CLIPTextConfig
+
+    with flux.fetching(path):
+        return CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", **where).to_dict()
+
+
+def plan_run(args, device, dtype, sizes, tables_possible=False, fixed=None, decode_px=0, batch=None,
+             train_text_encoder=False, double_quant=True):
     """The plan of a training run, printed; on a CPU that is what --memory says, and nothing is predicted.
 
     args: of a training script. dtype: of the frozen weights. sizes: ((height, width) of the largest target, then of
-    each reference), px. tables_possible: adaln.obstacle found none. fixed: see candidates. ValueError as in choose."""
+    each reference), px. tables_possible: adaln.obstacle found none. fixed: see candidates. decode_px, double_quant: see
+    Job. train_text_encoder: CLIP has a LoRA. ValueError as in choose."""
     if args.memory_limit is not None and not args.memory_limit > CUDA_CONTEXT / GIB:
         raise ValueError(f"--memory_limit {args.memory_limit:g}: give GiB of a GPU, more than {CUDA_CONTEXT / GIB:.1f}")
     free = gpu_bytes(device, args.memory_limit)
     if free is None:
         return choose(None, None, args.memory, tables_possible, fixed)
-    config, vae_config = read_configs(args.pretrained_model_name_or_path, revision=args.revision,
-                                      cache_dir=args.cache_dir)
+    path, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    config, vae_config = read_configs(path, **where)
+    perceptual = None
+    if getattr(args, "perceptual_loss", None):  # an option of restoration
+        perceptual = losses.make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to("meta")
     job = Job(config, vae_config, tuple(sizes), batch or args.train_batch_size, args.max_sequence_length, args.rank,
-              args.lora_layers, args.lora_dropout, dtype.itemsize, state_bytes(args), decode_px)
+              args.lora_layers, args.lora_dropout, dtype.itemsize, args.use_dora,
+              "adamw8bit" if args.use_8bit_adam else args.optimizer, args.use_ema, torch.distributed.is_initialized(),
+              double_quant, read_clip_config(path, **where) if train_text_encoder else None, perceptual, decode_px)
     plan = choose(job, free, args.memory, tables_possible, fixed)
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(describe(plan, free)), flush=True)

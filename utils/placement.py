@@ -40,7 +40,8 @@ def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_p
     if args.adaln_tables is not None:
         fixed["adaln_tables"] = args.adaln_tables
     return memory.plan_run(args, device, dtype, sizes, tables_possible=reason is None, fixed=fixed,
-                           decode_px=decode_px, batch=batch)
+                           decode_px=decode_px, batch=batch, train_text_encoder=train_text_encoder,
+                           double_quant=(args.bnb_options or quantise.NF4).get("bnb_4bit_use_double_quant", False))
 
 
 def load(path, args, plan, device, dtype, settings, pooled, **where):

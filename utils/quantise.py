@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BASE_PRECISIONS = ["bf16", "int8", "fp8", "nf4"]
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+# Double quantisation (Dettmers et al. 2023, QLoRA): the scales in 8 bit, 4.13 instead of 4.5 bits a weight.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # The blocks hold 99.5 % of FLUX's weights; what comes before and after them stays as it is.
 BLOCK_WEIGHTS = r"re:(single_)?transformer_blocks\..*"
 
