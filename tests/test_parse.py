@@ -59,6 +59,17 @@ def test_reference_tokens_can_be_switched_in_a_config(parser, config, text, valu
     assert parser.parse_args(["--config", path, "--reference_tokens"]).reference_tokens is True
 
 
+def test_a_config_may_refer_to_its_own_keys(parser, config):
+    args = parser.parse_args(["--config", config("rank: 4\nlearning_rate: ${rank}e-3\nprompt:\n")])
+    assert (args.rank, args.learning_rate) == (4, 0.004) and args.prompt == parser.get_default("prompt")
+
+
+def test_a_config_that_refers_to_a_key_that_is_not_there_exits_with_2(parser, config, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(["--config", config("learning_rate: ${rnak}\n")])
+    assert exit.value.code == 2 and "rnak" in capsys.readouterr().err
+
+
 def test_a_config_can_leave_a_switch_off(parser, config):
     assert parser.parse_args(["--config", config("use_dora: false\n")]).use_dora is False
 

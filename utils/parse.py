@@ -8,18 +8,39 @@ import traceback
 from pathlib import Path
 
 import configargparse
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SECRET_FLAGS = ("hub_token",)
 
 
+class OmegaConfParser(configargparse.ConfigFileParser):
+    """Reads a --config file with OmegaConf: 1e-4 is a number, ${another_key} and ${oc.env:NAME} stand for values. Keys
+    without a value, or null, are as if they were not there."""
+
+    def get_syntax_description(self):
+        return "The file is YAML, key: value, read by OmegaConf."
+
+    def parse(self, stream):
+        try:
+            values = OmegaConf.to_container(OmegaConf.load(stream), resolve=True)
+        except (OmegaConfBaseException, YAMLError, OSError) as error:  # OSError: the text is no mapping
+            raise configargparse.ConfigFileParserException(f"{stream.name}: {error}") from error
+        if not isinstance(values, dict):
+            raise configargparse.ConfigFileParserException(f"{stream.name}: write `key: value` lines, not a list")
+        return {key: value if isinstance(value, list) else str(value) for key, value in values.items()
+                if value is not None}
+
+
 def make_parser(description):
     """Argument parser with `--config file.yaml`: the file sets defaults, the command line wins, an unknown key
-    is an error. ConfigArgParse reads `1e-4` as a number where plain YAML would give a string."""
+    is an error."""
     parser = configargparse.ArgumentParser(
         description=description,
         allow_abbrev=False,  # an abbreviation that works today is a silent change of meaning tomorrow
-        config_file_parser_class=configargparse.YAMLConfigFileParser,
+        config_file_parser_class=OmegaConfParser,
         formatter_class=configargparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", is_config_file=True, help="YAML file with defaults; its keys are the flags' names")
