@@ -53,9 +53,10 @@ def check_lora_args(args):
         raise ValueError(f"--ema_decay {args.ema_decay}: give more than 0 and less than 1")
 
 
-def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, use_rslora=False, seed=0):
-    """Add a fresh LoRA named "default" with fp32 masters to a transformer or CLIP; returns its parameters, in a fixed
-    order.
+def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, use_rslora=False, seed=0,
+           adapter="default"):
+    """Add a fresh LoRA of the name `adapter` with fp32 masters to a transformer or CLIP; returns its parameters, in a
+    fixed order.
 
     layers: list of module names or comma text; ValueError when one matches nothing. The LoRA starts as no change
     (A normal, B zero), and its A is drawn from `seed` whatever was drawn before."""
@@ -63,7 +64,7 @@ def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, us
     from peft import LoraConfig
 
     layers = [name.strip() for name in layers.split(",") if name.strip()] if isinstance(layers, str) else layers
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = linear_layers(model)
     for layer in layers or []:
         if not any(name == layer or name.endswith("." + layer) for name in names):
             raise ValueError(f"--lora_layers {layer}: the model has no such linear layer; it has, for example, "
@@ -72,10 +73,16 @@ def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, us
                         target_modules=layers or DEFAULT_LAYERS, use_dora=use_dora, use_rslora=use_rslora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(config)
+        model.add_adapter(config, adapter_name=adapter)
     cast_training_params(model, torch.float32)
     compute_in_input_dtype(model)
-    return parameters(model)
+    return [parameter for name, parameter in model.named_parameters() if f".{adapter}." in name]
+
+
+def linear_layers(model):
+    """{name: linear layer} of a model, by the names that it has without the LoRAs that may be attached."""
+    return {name.removesuffix(".base_layer"): module for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".lora_" not in name}
 
 
 def compute_in_input_dtype(model):
@@ -100,20 +107,21 @@ def parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def state_dict(model):
+def state_dict(model, adapter="default"):
     """The LoRA's tensors by peft's names, detached."""
     from peft.utils import get_peft_model_state_dict
 
-    return {name: value.detach() for name, value in get_peft_model_state_dict(model).items()}
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {name: value.detach() for name, value in tensors.items()}
 
 
-def load_state_dict(model, tensors):
+def load_state_dict(model, tensors, adapter="default"):
     """Put `tensors` (from state_dict) into the attached LoRA, every one of them."""
     from peft.utils import set_peft_model_state_dict
 
-    if differing := sorted(tensors.keys() ^ state_dict(model).keys()):  # peft passes over missing ones
+    if differing := sorted(tensors.keys() ^ state_dict(model, adapter).keys()):  # peft passes over missing ones
         raise ValueError(f"LoRA weights do not fit this model: {differing[0]} is on one side only")
-    set_peft_model_state_dict(model, tensors, "default")
+    set_peft_model_state_dict(model, tensors, adapter)
 
 
 def make_ema(lora_parameters, decay):
@@ -137,31 +145,31 @@ def averaged(ema, lora_parameters):
         ema.restore(lora_parameters)
 
 
-def save(transformer, folder, settings, text_encoder=None):
-    """Write folder/pytorch_lora_weights.safetensors in one rename; returns its path.
+def save(transformer, folder, settings, text_encoder=None, adapter="default", name=LORA_FILE):
+    """Write folder/pytorch_lora_weights.safetensors, or another `name`, in one rename; returns its path.
 
     diffusers' writer makes the tensors and its own header (with rank and alpha); `settings`, a JSON-safe dict, is
     added under SETTINGS_KEY. text_encoder: CLIP, where it has a LoRA too."""
     from diffusers import FluxKontextPipeline
-    from diffusers.training_utils import _collate_lora_metadata
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
         models = {"transformer": transformer} | ({"text_encoder": text_encoder} if text_encoder else {})
-        metadata = _collate_lora_metadata(models)
+        metadata = {f"{part}_lora_adapter_metadata": model.peft_config[adapter].to_dict()
+                    for part, model in models.items()}
         for config in metadata.values():
             # Sets have no order: sort, or equal runs write unequal files. Dropout is training's: stock diffusers would
             # go on dropping in inference, as it leaves the layers that it adds in training mode.
             config.update({key: sorted(value) for key, value in config.items() if isinstance(value, set)})
             config.update({key: 0.0 for key in config if key.endswith("lora_dropout")})
-        FluxKontextPipeline.save_lora_weights(
-            scratch, **{f"{name}_lora_layers": state_dict(model) for name, model in models.items()}, **metadata)
+        layers = {f"{part}_lora_layers": state_dict(model, adapter) for part, model in models.items()}
+        FluxKontextPipeline.save_lora_weights(scratch, **layers, **metadata)
         written = Path(scratch) / LORA_FILE
         with safe_open(written, "pt") as file:
             header = file.metadata() | {SETTINGS_KEY: json.dumps(settings, sort_keys=True)}
-        write_file(folder / LORA_FILE, load_file(written), header)
-    return folder / LORA_FILE
+        write_file(folder / name, load_file(written), header)
+    return folder / name
 
 
 def write_file(path, tensors, header):
@@ -226,8 +234,7 @@ def faults(path, transformer):
     if any(key.startswith("lora_unet_") for key in tensors):
         yield f"{path} has kohya's keys; run python -m scripts.lora_tool convert FILE --to diffusers --output OUT first"
         return
-    shapes = {f"transformer.{name}": tuple(module.weight.shape) for name, module in transformer.named_modules()
-              if isinstance(module, torch.nn.Linear)}
+    shapes = {f"transformer.{name}": tuple(layer.weight.shape) for name, layer in linear_layers(transformer).items()}
     pairs = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
