@@ -299,6 +299,17 @@ def identity(args, settings, items, num_processes, more=()):
         "images": items, "processes": num_processes, "state_format": 2}  # 2: as collect_state nests it
 
 
+def average_gradients(parameters, accelerator):
+    """Replace the gradients by their means over the processes, in one message: for steps of several forwards and
+    backwards, which DistributedDataParallel's hooks would count as several steps. No gradient counts as zero."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = mean.view_as(parameter).clone()
+
+
 def resume(args, identity):
     """(step, state) of the checkpoint that --resume_from_checkpoint names, or (0, None) for a new run."""
     path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
@@ -310,9 +321,16 @@ def resume(args, identity):
 
 def collect_state(models, optimizer, lr_scheduler, ema):
     """All that training carries from step to step, as a nested dict for checkpoint.save. No random state is among it:
-    every draw comes from an item's own generator. models: {name: model with a LoRA}."""
-    return {"lora": {name: state_dict(model) for name, model in models.items()}, "optimizer": optimizer.state_dict(),
-            "lr_scheduler": lr_scheduler.state_dict(), "ema": ema.state_dict() if ema else None}
+    every draw comes from an item's own generator. models: {name: model with a LoRA}; one that has several is there
+    under each of their names."""
+    return {"lora": {name: state_dict(model, adapter_of(model, name)) for name, model in models.items()},
+            "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
+            "ema": ema.state_dict() if ema else None}
+
+
+def adapter_of(model, name):
+    """`name` where the model has a LoRA called so, else "default", which lora.attach calls it."""
+    return name if name in model.peft_config else "default"
 
 
 def save_checkpoint(accelerator, args, step, identity, models, optimizer, lr_scheduler, ema, write_lora):
@@ -336,7 +354,7 @@ def report_validation(accelerator, output_dir, scores, grid, step):
 def load_state(state, models, optimizer, lr_scheduler, ema):
     """Put the state of checkpoint.load back, before accelerator.prepare."""
     for name, model in models.items():
-        load_state_dict(model, state["lora"][name])
+        load_state_dict(model, state["lora"][name], adapter_of(model, name))
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     if ema:
