@@ -84,7 +84,9 @@ def test_importing_the_light_modules_loads_nothing_heavy():
 
 
 def training_scripts():
-    return sources("train_*.py") + sources("recipes/*/train*.py")
+    """Without the recipes' programs that are but another name of one, a dozen lines."""
+    named = [path for path in sources("recipes/*/train*.py") if len(path.read_text().splitlines()) > 12]
+    return sources("train_*.py") + named
 
 
 @pytest.mark.parametrize("path", training_scripts(), ids=name_of)

@@ -1,0 +1,154 @@
+"""PairEdit's LoRAs on one transformer: make, switch, save, load; and sliders of the original as .pt files."""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from utils import lora
+from utils.restore import STOCK_SETTINGS
+
+# The attention of FLUX's double and single blocks; no feed-forward.
+LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+          "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+STRICT_LAYERS = ["attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj"]
+METHODS = {"full": LAYERS, "xattn": LAYERS, "xattn-strict": STRICT_LAYERS}
+SAMPLED = ["num_inference_steps", "guidance_scale", "max_sequence_length", "resolution"]  # in training as in sampling
+LEGACY_KEY = re.compile(r"lora_unet_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+
+
+def attach(model, names, rank, alpha, method):
+    """Add the LoRAs `names` to a frozen transformer, with fp32 masters; returns {name: its trained parameters}.
+    method: of METHODS. `reset` draws their weights."""
+    trained = {}
+    for name in names:
+        parameters = lora.attach(model, rank, alpha, layers=METHODS[method], adapter=name)
+        trained[name] = [parameter for parameter in parameters if method == "full" or is_down(parameter, rank)]
+    return trained
+
+
+def is_down(parameter, rank):
+    return parameter.shape[0] == rank
+
+
+def reset(model, names, method, seeds):
+    """Draw the LoRAs' weights as Concept Sliders does, each from its own of `seeds`; they start as no change.
+
+    full: A uniform in +-sqrt(3 / fan_in), B zero, both trained. Other methods: B is frozen at random orthonormal
+    columns, and A, which alone is trained, starts at zero (the original draws A too, so that an untrained slider
+    already changes images)."""
+    for name, seed in zip(names, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}." not in key:
+                continue
+            is_a = "lora_A" in key
+            with torch.no_grad():
+                if method != "full" and not is_a:
+                    columns = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(torch.linalg.qr(columns)[0])
+                elif is_a and method == "full":
+                    bound = math.sqrt(3 / parameter.shape[1])
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                else:
+                    parameter.zero_()
+
+
+def activate(model, weights, learns=()):
+    """Make the LoRAs in `weights`, {name: weight}, active and no other; with none the base model speaks. learns: the
+    parameters that get gradients; every other LoRA parameter gets none.
+
+    Never call it between a forward and its backward: checkpointed blocks are computed again, with what is active then.
+    """
+    if weights:
+        model.enable_adapters()
+        model.set_adapters(list(weights), list(weights.values()))
+    else:
+        model.disable_adapters()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(False)
+    for parameter in learns:
+        parameter.requires_grad_(True)
+
+
+def save(model, name, path, settings):
+    """Write one LoRA in diffusers' format, with sampling settings that every script here reads. settings: what this
+    recipe adds, under "slider"."""
+    stored = STOCK_SETTINGS | {key: settings[key] for key in (
+        "guidance_scale", "max_sequence_length", "prompt", "base_model", "resolution")}
+    stored |= {"reference_tokens": False, "references": 0, "slider": settings}
+    return lora.save(model, path.parent, stored, adapter=name, name=path.name)
+
+
+def read_settings(path, args):
+    """What sampling needs of a LoRA's training, {name: value}: as its file stores it, which goes before the options, or
+    as they say where another tool wrote the file. ValueError where it is not there."""
+    chosen = {name: getattr(args, name) for name in SAMPLED}
+    path = Path(path)
+    if path.suffix == ".pt":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such LoRA file")
+        return chosen
+    stored = (lora.read_settings(path) or {}).get("slider", {})
+    for name in SAMPLED:
+        if name in stored and stored[name] != chosen[name]:
+            print(f"{path.name} was trained with --{name} {stored[name]}; that is used, not {chosen[name]}", flush=True)
+    if stored.get("base_model") not in (None, args.base_model_id):
+        print(f"{path.name} was trained on {stored['base_model']}, and the model is {args.base_model_id}", flush=True)
+    return chosen | {name: stored[name] for name in SAMPLED if name in stored}
+
+
+def load(pipe, path, name):
+    """Load a LoRA file, .safetensors or the original's .pt, into the transformer as `name`, in place of the one that
+    has this name. ValueError where it does not fit the model."""
+    path = Path(path)
+    if path.suffix == ".pt":
+        tensors, alphas, metadata = read_legacy(path, pipe.transformer), None, None
+    else:
+        lora.check(path, pipe.transformer)
+        tensors, alphas, metadata = lora.read(path)
+    if name in getattr(pipe.transformer, "peft_config", {}):
+        pipe.transformer.delete_adapters(name)
+    pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name=name, metadata=metadata,
+                                    _pipeline=pipe)
+    lora.compute_in_input_dtype(pipe.transformer)
+    pipe.transformer.eval()
+
+
+def read_legacy(path, transformer):
+    """A slider of the original or of Concept Sliders, {diffusers' key: tensor}, alpha folded into lora_B.
+
+    Such a file is a pickled dict of lora_unet_<module path with _ for .>.lora_down.weight, .lora_up.weight, .alpha; it
+    is read as weights only, so that nothing in it runs. ValueError naming what does not belong to `transformer`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such LoRA file") from error
+    except Exception as error:  # pickle's own errors are of many kinds
+        raise ValueError(f"{path} is not a plain dict of weights ({str(error).partition(chr(10))[0]}); nothing else "
+                         "is read from a .pt file") from error
+    modules = {name.replace(".", "_"): (name, layer.weight.shape)
+               for name, layer in lora.linear_layers(transformer).items()}
+    parts = {}
+    for key, value in (content.items() if isinstance(content, dict) else ()):
+        match = LEGACY_KEY.fullmatch(str(key))
+        if not match or match[1] not in modules or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {key} does not belong to this transformer; was it trained for another model?")
+        parts.setdefault(match[1], {})[match[2]] = value.float()
+    if not parts:
+        raise ValueError(f"{path} holds no LoRA weights")
+    tensors = {}
+    for key, part in parts.items():
+        name, (rows, columns) = modules[key]
+        if not {"lora_down.weight", "lora_up.weight"} <= part.keys():
+            raise ValueError(f"{path}: {name} has {min(part)} without its partner; the file is incomplete")
+        down, up = part["lora_down.weight"], part["lora_up.weight"]
+        rank = down.shape[0]
+        if down.shape != (rank, columns) or up.shape != (rows, rank):
+            raise ValueError(f"{path}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, the model's layer "
+                             f"is {rows} x {columns}; was it trained for another model?")
+        tensors[f"transformer.{name}.lora_A.weight"] = down
+        tensors[f"transformer.{name}.lora_B.weight"] = up * (part.get("alpha", torch.tensor(float(rank))) / rank)
+    return tensors

@@ -1,0 +1,7 @@
+"""Text sliders: Concept Sliders in FLUX's form: `train` with --python_name slider_text, whatever the config says."""
+
+from recipes.pairedit.options import run_as
+from recipes.pairedit.train import main, parse_args
+
+if __name__ == "__main__":
+    run_as(main, parse_args, ["--python_name", "slider_text"])
