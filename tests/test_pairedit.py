@@ -159,13 +159,14 @@ def step_of(tiny_pipe, name, command, seeds=(5,), **given):
 
 @pytest.mark.parametrize("name", PAIR_VARIANTS + ["train_image_real"])
 def test_each_loss_is_the_mean_squared_error_computed_by_hand(tiny_pipe, command, name):
-    losses, _, (mean, text, sigmas, trained, args) = step_of(tiny_pipe, name, command, cfg_eta=3, noise_scales=1.5)
+    scale = 1.0 if name == "train_image_real" else 1.5
+    losses, _, (mean, text, sigmas, trained, args) = step_of(tiny_pipe, name, command, cfg_eta=3, noise_scales=scale)
     draw = torch.Generator().manual_seed(5)
     pair = int(torch.randint(2, (), generator=draw))
     sigma = torch.tensor([sigmas[int(torch.randint(0, 4, (), generator=draw))]])
     noise = torch.randn(16, 4, 4, generator=draw)[None]
     source, target = mean[pair, :1], mean[pair, 1:]
-    s, e, eta = sigma.view(1, 1, 1, 1), 1.5 * noise, 3
+    s, e, eta = sigma.view(1, 1, 1, 1), scale * noise, 3
     preserved, flowing = source + s * e, (1 - s) * source + s * e
     both = {CONTENT: 1.0, SEMANTIC: 1.0}
     by_hand = {
@@ -302,6 +303,71 @@ def test_a_finished_run_is_left_alone_when_resumed(command, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "models").rglob("*") if path.is_file()}
 
 
+def test_two_values_that_round_alike_are_two_loras(command, tmp_path):
+    run_training(command(noise_scales=["1", "1.04"], train_iteration=1))
+    assert len(list((tmp_path / "models" / "warm").iterdir())) == 2
+    with pytest.raises(ValueError, match="a value is given twice"):
+        run_training(command(noise_scales=["2", "2.0"]))
+
+
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"learning_rate": 0.1}, {"train_prompt": "cold"}])
+def test_nothing_is_resumed_or_called_finished_with_other_options(command, tmp_path, changed):
+    run_training(command(train_iteration=2))
+    before = {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+    for iterations in (2, 4):
+        with pytest.raises(ValueError, match="trained with other options .*(seed|learning_rate|prompt)"):
+            run_training(command(train_iteration=iterations, resume_from_checkpoint="latest", **changed))
+    next((tmp_path / "models").rglob("state.safetensors")).write_bytes(b"broken")
+    with pytest.raises(ValueError, match="trained with other options"):
+        run_training(command(train_iteration=4, resume_from_checkpoint="latest", **changed))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+
+
+def test_where_the_slider_is_the_content_lora_is_too(command, tmp_path, monkeypatch):
+    """The slider is written last: killed in between, the run is not taken for finished."""
+    save, written = adapters.save, []
+
+    def save_one(model, name, path, settings):
+        if written and path.parent == written[0].parent:
+            raise KeyboardInterrupt
+        written.append(path)
+        return save(model, name, path, settings)
+
+    monkeypatch.setattr(adapters, "save", save_one)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(command(train_iteration=2))
+    monkeypatch.setattr(adapters, "save", save)
+    left = [path.name for path in (tmp_path / "models").rglob("*epoch*")]
+    assert left == ["warm_4.0eta_1.0ns_4inf_2epoch_0.safetensors"]
+    run_training(command(train_iteration=2, resume_from_checkpoint="latest"))
+    assert len(list((tmp_path / "models").rglob("*epoch*"))) == 2
+
+
+def test_fewer_steps_than_were_made_are_refused(command):
+    run_training(command(train_iteration=4))
+    with pytest.raises(ValueError, match="--train_iteration 3: .* is at step 4 already"):
+        run_training(command(train_iteration=3, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("options", [{"memory": "offload"}, {"memory": "full"}, {"gradient_checkpointing": ""}])
+def test_placement_changes_no_bit_of_the_loras(command, tmp_path, options):
+    run_training(command(train_iteration=2, train_count=2))
+    words = [word for word in command(train_iteration=2, train_count=2, output_folder=tmp_path / "placed", **options)
+             if word != ""]
+    run_training(words)
+    one, two = lora_files(tmp_path / "models"), lora_files(tmp_path / "placed")
+    assert_equal(one, two)
+
+
+def test_orthonormal_columns_stay_so_at_the_full_rank_and_a_larger_rank_is_refused(command, tmp_path):
+    run_training(command(train_method="xattn", rank=32, train_iteration=2, python_name="train_image_wocontent"))
+    tensors = load_file(next((tmp_path / "models").rglob("*_2epoch.safetensors")))
+    for key in (key for key in tensors if "lora_B" in key):
+        torch.testing.assert_close(tensors[key].T @ tensors[key], torch.eye(32))
+    with pytest.raises(ValueError, match="--rank 64: --train_method xattn takes orthonormal columns, at most 32"):
+        run_training(command(train_method="xattn", rank=64, output_folder=tmp_path / "other"))
+
+
 @pytest.mark.parametrize(("option", "value"), [
     ("cfg_eta", 2), ("noise_scales", 2), ("start_step", 2), ("end_step", 1), ("train_prompt", "warm"), ("seed", 4),
     ("guidance_scale", 1), ("train_method", "xattn"), ("rank", 4), ("lora_alpha", 4), ("learning_rate", 1e-3),
@@ -410,20 +476,42 @@ def test_the_schedule_is_stock_flux_own(tiny_pipe):
 
 def test_generation_writes_a_file_for_every_seed_and_scale_and_one_noise_serves_all_scales(command, tmp_path):
     run_training(command(train_iteration=2))
-    generate.main(generate.parse_args([str(word) for word in command(train_iteration=2, skips=["1", "3"],
+    generate.main(generate.parse_args([str(word) for word in command(train_iteration=2, skips=["1", "2"],
                                                                      start_seed_gen=7, prompt="image of a person")]))
     folder = tmp_path / "images" / "warm" / "warm_vtrain_image_4.0eta_1.0ns_full_base_v1" / "origin"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
     tail = "image_of_a_person"
     assert names == {f"{seed}/{seed}_warm_skip{skip}_2epoch_scale{scale:.2f}_{tail}.png" for seed in (7, 8)
-                     for skip in (1, 3) for scale in (0, 0.5, 1)} | {
-        f"{seed}_warm_skip{skip}_2epoch_0.00-1.00_{tail}.jpg" for seed in (7, 8) for skip in (1, 3)} | {"settings.json"}
+                     for skip in (1, 2) for scale in (0, 0.5, 1)} | {
+        f"{seed}_warm_skip{skip}_2epoch_0.00-1.00_{tail}.jpg" for seed in (7, 8) for skip in (1, 2)} | {"settings.json"}
 
     def pixels(seed, skip, scale):
         return np.asarray(Image.open(folder / f"{seed}/{seed}_warm_skip{skip}_2epoch_scale{scale:.2f}_{tail}.png"))
 
-    assert np.array_equal(pixels(7, 1, 0), pixels(7, 3, 0)) and not np.array_equal(pixels(7, 1, 0), pixels(8, 1, 0))
-    assert np.array_equal(pixels(7, 3, 0), pixels(7, 3, 1))  # of 4 steps none comes after the third
+    assert np.array_equal(pixels(7, 1, 0), pixels(7, 2, 0)) and not np.array_equal(pixels(7, 1, 0), pixels(8, 1, 0))
+
+
+def test_the_command_line_goes_before_what_the_lora_file_stores_and_that_before_the_config(command, tmp_path, capsys):
+    run_training(command(train_iteration=2))
+    config = tmp_path / "c.yaml"
+    config.write_text("guidance_scale: 9\nnum_inference_steps: 9\n")
+    words = [str(word) for word in command(train_iteration=2, num_inference_steps=None, config=config)]
+    file = next((tmp_path / "models").rglob("*_2epoch.safetensors"))
+    args = generate.parse_args(words)
+    assert adapters.read_settings(file, args) == {
+        "guidance_scale": 3.5, "num_inference_steps": 4, "max_sequence_length": 8, "resolution": SIDE}
+    args = generate.parse_args([*words, "--guidance_scale=2"])
+    assert adapters.read_settings(file, args)["guidance_scale"] == 2
+    assert "was trained with --guidance_scale 3.5; here it is 2" in capsys.readouterr().out
+    args.skips = [3]  # of 4 steps none is left
+    with pytest.raises(ValueError, match="--skips 3: give -1 to 2, or the slider acts in none of the 4 steps"):
+        adapters.read_settings(file, args)
+
+
+def test_a_long_prompt_of_any_script_is_a_file_name(tmp_path):
+    for prompt in ("一" * 200, "a/b\\c:d*" * 40, ""):
+        path = pictures.write_slide(tmp_path, "warm", 1, 0, 2, [0.0], torch.zeros(1, 3, 8, 8), prompt)
+        assert path.is_file() and len(path.name.encode()) < 200
 
 
 def test_prompts_come_from_a_file_and_seeds_from_chance(command, tmp_path):
@@ -451,7 +539,10 @@ def test_real_images_are_trained_and_edited(command, tmp_path):
     assert len(scales) == 3 and len(list(folder.glob("*.jpg"))) == 1
     images = [np.asarray(Image.open(path)).astype(int) for path in scales]
     assert not np.array_equal(images[0], images[2])
-    low = command(**real, skips=0, start_sigma=0.05, output_folder_gen=tmp_path / "low")
+    with pytest.raises(ValueError, match="--start_sigma 0.05: no step is left; give 0.345 or more"):
+        generate_real_image.main(generate_real_image.parse_args([str(word) for word in command(
+            **real, skips=0, start_sigma=0.05)]))
+    low = command(**real, skips=0, start_sigma=0.35, output_folder_gen=tmp_path / "low")
     generate_real_image.main(generate_real_image.parse_args([str(word) for word in low]))
     low_image = np.asarray(Image.open(sorted((tmp_path / "low").rglob("*scale0.00*.png"))[0]))
     pipe = flux.load_models(command()[1], "cpu", torch.float32)
@@ -502,8 +593,9 @@ class Evil:
     ({"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.zeros(1, 32)}, "without its partner"),
     ({"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.zeros(1, 31),
       "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight": torch.zeros(32, 1)}, "layer is 32 x 32"),
+    ({"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.full((1, 32), float("nan"))}, "holds NaN"),
     (Evil(), "nothing else is read from a .pt file"),
-], ids=["foreign", "empty", "half", "shape", "code"])
+], ids=["foreign", "empty", "half", "shape", "nan", "code"])
 def test_a_pt_file_that_does_not_fit_or_runs_code_is_refused_in_one_line(tiny_pipe, tmp_path, capsys, state, message):
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=message):
@@ -556,7 +648,14 @@ def test_the_entry_points_words_win(command, monkeypatch):
     ({"cfg_eta": -1}, "--cfg_eta -1"),
     ({"noise_scales": 0}, "--noise_scales"),
     ({"scales": "0,much"}, "--scales 0,much: write numbers with commas"),
-    ({"skips": 4}, "--skips"),
+    ({"scales": "0,0.001,1"}, "two values are equal to two decimals"),
+    ({"datasets": "/tmp/warm"}, "are parts of file names, not paths"),
+    ({"python_name": "train_image_real", "image_ids": "a", "noise_scales": 2}, "--noise_scales: train_image_real has"),
+    ({"lr_scheduler": "piecewise_constant"}, "needs --lr_step_rules"),
+    ({"adam_beta1": 2}, "--adam_beta1 2"),
+    ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "replaces the schedule"),
+    ({"max_sequence_length": 600}, "give 1 to 512"),
+    ({"semantic_cfg_scale": "nan"}, "give finite numbers"),
     ({"lora_alpha": 0}, "--lora_alpha"),
     ({"start_sigma": 0}, "--start_sigma"),
     ({"datasets": ["warm", "warm"]}, "a name is given twice"),
@@ -625,11 +724,18 @@ def test_the_example_trains_measures_and_edits_photographs(tmp_path, monkeypatch
     (tmp_path / "small.yaml").write_text(config)
     monkeypatch.setattr(example, "CONFIG", tmp_path / "small.yaml")
     monkeypatch.setattr(example, "REAL_OPTIONS", [*example.REAL_OPTIONS, "--train_iteration", "3", "--skips", "1"])
+    evaluated, photographs = [], []
+    monkeypatch.setattr(example.evaluate, "main", lambda args, run=example.evaluate.main: (
+        evaluated.append(Path(args.images).name), run(args)))
+    monkeypatch.setattr(example.generate_real_image, "main", lambda args, run=example.generate_real_image.main: (
+        photographs.append(Path(args.semantic_lora_path).parent.name), run(args)))
     output = tmp_path / "out"
     example.main(example.parse_args(["--output", str(output), "--edits", "glow", "--train_iteration", "3", "--variants",
-                                     "train_image_sliders", "train_image"]))
+                                     "train_image", "train_image_sliders"]))
     table = json.loads((output / "table.json").read_text())
-    assert [row["variant"] for row in table["table"]] == ["train_image_sliders", "train_image"]
+    assert [row["variant"] for row in table["table"]] == ["train_image", "train_image_sliders"]
+    assert evaluated == [f"glow_v{name}_3.0eta_1.0ns_full_base_v1" for name in ("train_image", "train_image_sliders")]
+    assert photographs == evaluated[:1]
     assert {row["photograph"] for row in table["real"]} == {"coffee", "flower"}
     assert all(len(row["share"]) == 3 and row["psnr_at_0"] > 5 for row in table["real"])
     assert (output / "real.png").is_file() and "glow, flower: PSNR at scale 0" in capsys.readouterr().out

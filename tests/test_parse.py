@@ -64,6 +64,19 @@ def test_a_config_may_refer_to_its_own_keys(parser, config):
     assert (args.rank, args.learning_rate) == (4, 0.004) and args.prompt == parser.get_default("prompt")
 
 
+def test_what_looks_like_a_number_stays_a_name_in_a_config(parser, config):
+    path = config("prompt: 00610\nlora_layers: [on, 1_000, 00610]\n")
+    parser.add_argument("--lora_layers", nargs="+")
+    args = parser.parse_args(["--config", path])
+    assert args.prompt == "00610" and args.lora_layers == ["on", "1_000", "00610"]
+
+
+def test_a_key_that_stands_twice_in_a_config_exits_with_2(parser, config, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(["--config", config("rank: 4\nrank: 8\n")])
+    assert exit.value.code == 2 and "rank" in capsys.readouterr().err
+
+
 def test_a_config_that_refers_to_a_key_that_is_not_there_exits_with_2(parser, config, capsys):
     with pytest.raises(SystemExit) as exit:
         parser.parse_args(["--config", config("learning_rate: ${rnak}\n")])

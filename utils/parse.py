@@ -8,30 +8,32 @@ import traceback
 from pathlib import Path
 
 import configargparse
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SECRET_FLAGS = ("hub_token",)
 
 
 class OmegaConfParser(configargparse.ConfigFileParser):
-    """Reads a --config file with OmegaConf: 1e-4 is a number, ${another_key} and ${oc.env:NAME} stand for values. Keys
-    without a value, or null, are as if they were not there."""
+    """Reads a --config file with OmegaConf: ${another_key} and ${oc.env:NAME} stand for values. They reach the options
+    as they are written, so that 00610 stays a name and 1e-4 is the number it looks like; keys without a value, or
+    null, are as if they were not there."""
 
     def get_syntax_description(self):
         return "The file is YAML, key: value, read by OmegaConf."
 
     def parse(self, stream):
         try:
-            values = OmegaConf.to_container(OmegaConf.load(stream), resolve=True)
-        except (OmegaConfBaseException, YAMLError, OSError) as error:  # OSError: the text is no mapping
+            text = stream.read()
+            OmegaConf.create(text)  # refuses a key that stands twice
+            values = OmegaConf.to_container(OmegaConf.create(yaml.load(text, yaml.BaseLoader)), resolve=True)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise configargparse.ConfigFileParserException(f"{stream.name}: {error}") from error
         if not isinstance(values, dict):
             raise configargparse.ConfigFileParserException(f"{stream.name}: write `key: value` lines, not a list")
-        return {key: value if isinstance(value, list) else str(value) for key, value in values.items()
-                if value is not None}
+        return {key: value for key, value in values.items() if value not in ("", "~", "null")}
 
 
 def make_parser(description):

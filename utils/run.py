@@ -122,25 +122,14 @@ def check_training_args(args):
     from accelerate.tracking import get_available_trackers
 
     check_least(args, train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1, max_train_steps=1,
-                logging_steps=1, checkpoints_total_limit=1, learning_rate=0, checkpointing_steps=0, seed=0,
-                max_grad_norm=0, lr_warmup_steps=0, validation_steps=1, validation_epochs=1, num_validation_images=0,
+                logging_steps=1, checkpoints_total_limit=1, checkpointing_steps=0, seed=0, max_grad_norm=0,
+                validation_steps=1, validation_epochs=1, num_validation_images=0,
                 num_inference_steps=1, max_sequence_length=1)
     if args.max_sequence_length > 512:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
-    if not (0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1):
-        raise ValueError(f"--adam_beta1 {args.adam_beta1}, --adam_beta2 {args.adam_beta2}: give 0 or more, below 1")
-    if args.lr_step_rules and not re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", args.lr_step_rules):
-        raise ValueError(f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and a last factor, such as "
-                         "1:100,0.1:200,0.01")
+    check_optimizer_args(args)
     if args.mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16: FLUX overflows in fp16; use bf16")
-    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
-        raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01")
-    if args.optimizer == "schedule_free" and args.lr_scheduler != "constant":
-        raise ValueError(f"--optimizer schedule_free replaces the schedule; leave --lr_scheduler constant, "
-                         f"not {args.lr_scheduler}")
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        raise ValueError(f"--use_8bit_adam goes with --optimizer AdamW, not {args.optimizer}")
     if args.hub_token and args.report_to in ("wandb", "all"):
         raise ValueError("--hub_token with --report_to wandb can leak the token; use `hf auth login`")
     if args.hub_token and not args.push_to_hub:
@@ -149,6 +138,23 @@ def check_training_args(args):
     if args.report_to not in known:
         raise ValueError(f"--report_to {args.report_to}: no such tracker is installed; there are "
                          f"{', '.join(sorted(known))}")
+
+
+def check_optimizer_args(args):
+    """Refuse impossible values of `add_optimizer_args`. ValueError names the flag."""
+    check_least(args, learning_rate=0, lr_warmup_steps=0, adam_weight_decay=0)
+    if not (0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1):
+        raise ValueError(f"--adam_beta1 {args.adam_beta1}, --adam_beta2 {args.adam_beta2}: give 0 or more, below 1")
+    if args.lr_step_rules and not re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", args.lr_step_rules):
+        raise ValueError(f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and a last factor, such as "
+                         "1:100,0.1:200,0.01")
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01")
+    if args.optimizer == "schedule_free" and args.lr_scheduler != "constant":
+        raise ValueError(f"--optimizer schedule_free replaces the schedule; leave --lr_scheduler constant, "
+                         f"not {args.lr_scheduler}")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise ValueError(f"--use_8bit_adam goes with --optimizer AdamW, not {args.optimizer}")
 
 
 def check_output_dir(args):

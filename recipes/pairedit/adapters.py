@@ -21,15 +21,17 @@ LEGACY_KEY = re.compile(r"lora_unet_(\w+)\.(lora_down\.weight|lora_up\.weight|al
 def attach(model, names, rank, alpha, method):
     """Add the LoRAs `names` to a frozen transformer, with fp32 masters; returns {name: its trained parameters}.
     method: of METHODS. `reset` draws their weights."""
-    trained = {}
+    rows = min(layer.out_features for name, layer in lora.linear_layers(model).items()
+               if name.endswith(tuple(METHODS[method])))
+    if method != "full" and rank > rows:
+        raise ValueError(f"--rank {rank}: --train_method {method} takes orthonormal columns, at most {rows} here")
     for name in names:
-        parameters = lora.attach(model, rank, alpha, layers=METHODS[method], adapter=name)
-        trained[name] = [parameter for parameter in parameters if method == "full" or is_down(parameter, rank)]
-    return trained
-
-
-def is_down(parameter, rank):
-    return parameter.shape[0] == rank
+        lora.attach(model, rank, alpha, layers=METHODS[method], adapter=name)
+    loras = {key: parameter for key, parameter in model.named_parameters() if ".lora_" in key}
+    for parameter in loras.values():  # a second LoRA froze the first; block offload would take it for the base's
+        parameter.requires_grad_(True)
+    return {name: [parameter for key, parameter in loras.items()
+                   if f".{name}." in key and (method == "full" or "lora_A" in key)] for name in names}
 
 
 def reset(model, names, method, seeds):
@@ -83,21 +85,29 @@ def save(model, name, path, settings):
 
 
 def read_settings(path, args):
-    """What sampling needs of a LoRA's training, {name: value}: as its file stores it, which goes before the options, or
-    as they say where another tool wrote the file. ValueError where it is not there."""
+    """What sampling needs of a LoRA's training, {name: value}: what the command line says, else what the file stores,
+    else the config. ValueError where there is no such file, or its steps leave a --skips without effect."""
     chosen = {name: getattr(args, name) for name in SAMPLED}
     path = Path(path)
     if path.suffix == ".pt":
         if not path.is_file():
             raise ValueError(f"{path}: no such LoRA file")
-        return chosen
-    stored = (lora.read_settings(path) or {}).get("slider", {})
+        stored = {}
+    else:
+        stored = (lora.read_settings(path) or {}).get("slider", {})
     for name in SAMPLED:
         if name in stored and stored[name] != chosen[name]:
-            print(f"{path.name} was trained with --{name} {stored[name]}; that is used, not {chosen[name]}", flush=True)
+            used = chosen[name] if name in args.given else stored[name]
+            print(f"{path.name} was trained with --{name} {stored[name]}; here it is {used}", flush=True)
+            chosen[name] = used
     if stored.get("base_model") not in (None, args.base_model_id):
         print(f"{path.name} was trained on {stored['base_model']}, and the model is {args.base_model_id}", flush=True)
-    return chosen | {name: stored[name] for name in SAMPLED if name in stored}
+    first, last = (0, 1) if args.objective == "real" else (-1, 2)
+    if any(not first <= skip <= chosen["num_inference_steps"] - last for skip in args.skips):
+        raise ValueError(f"--skips {' '.join(map(str, args.skips))}: give {first} to "
+                         f"{chosen['num_inference_steps'] - last}, or the slider acts in none of the "
+                         f"{chosen['num_inference_steps']} steps")
+    return chosen
 
 
 def load(pipe, path, name):
@@ -136,6 +146,8 @@ def read_legacy(path, transformer):
         match = LEGACY_KEY.fullmatch(str(key))
         if not match or match[1] not in modules or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {key} does not belong to this transformer; was it trained for another model?")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the training that wrote it had diverged")
         parts.setdefault(match[1], {})[match[2]] = value.float()
     if not parts:
         raise ValueError(f"{path} holds no LoRA weights")

@@ -21,20 +21,20 @@ from recipes.pairedit import generate, generate_real_image, make_pairs, train
 from recipes.pairedit.edits import EDITS
 from recipes.pairedit.eval_scripts import evaluate, known_edits
 from recipes.pairedit.objectives import VARIANTS
-from recipes.pairedit.options import CONFIGS
+from recipes.pairedit.options import CONFIGS, parse_pairedit_args, plan_tasks
 from recipes.pairedit.pairs import load_square
 from utils.metrics import psnr
 from utils.parse import make_parser, run_main, writable_folder, write_json
 from utils.utils import image_grid, to_uint8
 
 CONFIG = CONFIGS / "embedded.yaml"
-ETA = {"gray": 0.6, "glow": 3}  # of the edits that need another than the config's
+ETA = {"dark": 1.7, "gray": 0.6, "glow": 3}  # of the edits that need another than the config's
 # Image sliders have no unit: their weight is taken further, so that equal strengths can be compared.
 SCALES = {"train_image_sliders": "0,1,2,3,4,6"}
 STRENGTH = 0.4  # share of the true edit at which variants are compared
 REAL = {"coffee": ("skimage.data", "coffee.png"), "flower": ("sklearn.datasets.images", "flower.jpg")}
-REAL_OPTIONS = ("--python_name train_image_real --train_iteration 150 --skips 14 --count_gen 1 --real_mix add "
-                "--semantic_cfg_scale 1 --start_sigma 0.6").split()
+REAL_OPTIONS = ("--python_name train_image_real --train_iteration 200 --skips 14 --count_gen 1 --real_mix add "
+                "--semantic_cfg_scale 1 --start_sigma 0.5").split()
 
 
 def parse_args(argv=None):
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--variants", nargs="+", default=["train_image"], choices=[v for v in VARIANTS if v not in (
         "train_image_real", "slider_text")], help="variants to train on each edit")
     add("--seed", type=int, default=0, help="seed of training")
-    add("--train_iteration", type=int, default=300, help="steps of a slider")
+    add("--train_iteration", type=int, default=600, help="steps of a slider")
     add("--real_images", action=argparse.BooleanOptionalAction, default=True, help="edit two photographs too")
     args = parser.parse_args(argv)
     if any(writable_folder(args.output, "--output").iterdir()):
@@ -62,6 +62,13 @@ def slider_words(args, edit, variant):
     words += ["--cfg_eta", ETA[edit]] if edit in ETA else []
     words += ["--scales", SCALES[variant]] if variant in SCALES else []
     return [str(word) for word in words]
+
+
+def lora_of(words):
+    """(name, file) of the LoRA that these options train."""
+    args = parse_pairedit_args(__doc__, words)
+    task, = plan_tasks(args, check_images=False)
+    return task.name(args), task.file(args, args.train_iteration)
 
 
 def read_table(path):
@@ -96,19 +103,21 @@ def edit_real_images(args):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(path, to_uint8(load_square(Path(str(resources.files(package) / file)), 128)[0]))
     for edit in args.edits:
-        semantic = next((output / "models" / edit).rglob(f"*_{args.train_iteration}epoch.safetensors"))
+        semantic = lora_of(slider_words(args, edit, args.variants[0]))[1]
         words = [*slider_words(args, "real", "train_image_real"), *REAL_OPTIONS, "--image_ids", *REAL,
                  "--semantic_lora_path", str(semantic), "--output_folder_gen", str(output / "real" / edit),
                  "--resume_from_checkpoint", "latest"]
         train.main(train.parse_args(words))
         generate_real_image.main(generate_real_image.parse_args(words))
+        scales = parse_pairedit_args(__doc__, words).scales
         for name in REAL:
             files = sorted((output / "real" / edit / "real").glob(f"real_{name}_*/*/*/*.png"))
             images = torch.stack([torch.from_numpy(load_rgb(file)).movedim(-1, 0) / 255 for file in files])
             photograph = (load_square(output / f"datasets/real/source/{name}.png", images.shape[-1]) + 1) / 2
-            rows.append({
-                "edit": edit, "photograph": name, "psnr_at_0": float(psnr(images[:1] * 2 - 1, photograph * 2 - 1)),
-                "share": known_edits.measure(images, EDITS[edit])["edit_share"], "images": [photograph[0], *images]})
+            rows.append({"edit": edit, "photograph": name, "scales": scales,
+                         "psnr_at_0": float(psnr(images[:1] * 2 - 1, photograph * 2 - 1)),
+                         "share": known_edits.measure(images, EDITS[edit])["edit_share"],
+                         "images": [photograph[0], *images]})
     return rows
 
 
@@ -121,7 +130,7 @@ def main(args):
             words, scores = slider_words(args, edit, variant), output / "scores" / f"{edit}_{variant}"
             train.main(train.parse_args(words))
             generate.main(generate.parse_args(words))
-            images = next((output / "images" / edit).glob(f"{edit}_v{variant}_*"))
+            images = output / "images" / edit / lora_of(words)[0]
             evaluate.main(evaluate.parse_args(["--images", str(images), "--edit", edit, "--output", str(scores)]))
             table.append({"edit": edit, "variant": variant} | measure(scores, edit))
     real = edit_real_images(args) if args.real_images else []
@@ -134,12 +143,12 @@ def main(args):
     for row in real:
         print(f"{row['edit']}, {row['photograph']}: PSNR at scale 0 {row['psnr_at_0']:.2f} dB, shares "
               f"{', '.join(f'{share:.2f}' for share in row['share'])}")
-    if real:
-        labels = ["photograph", *(f"{share}" for share in generate.parse_args(words).scales)]
-        image_grid([[image * 2 - 1 for image in row["images"]] for row in real], labels).save(output / "real.png")
-        print(f"picture: {output / 'real.png'}")
     write_json(output / "table.json", {"table": table, "real": [
         {name: value for name, value in row.items() if name != "images"} for row in real]})
+    if real:
+        labels = ["photograph", *(f"{scale:g}" for scale in real[0]["scales"])]
+        image_grid([[image * 2 - 1 for image in row["images"]] for row in real], labels).save(output / "real.png")
+        print(f"picture: {output / 'real.png'}")
     print(f"{time.perf_counter() - started:.0f} s")
 
 

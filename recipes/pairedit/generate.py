@@ -32,6 +32,8 @@ def parse_args(argv=None):
 def main(args):
     # --- what to make, before any model loads
     tasks = plan_tasks(args, check_images=False)
+    if args.use_trained_lora_path:  # one LoRA, whatever would be trained
+        tasks = list({task.dataset: task for task in tasks}.values())
     files = [Path(args.trained_lora_path) if args.use_trained_lora_path else task.file(args, args.train_iteration)
              for task in tasks]
     settings = [adapters.read_settings(file, args) for file in files]

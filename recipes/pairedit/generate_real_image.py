@@ -52,6 +52,8 @@ def main(args):
         flux.check_sizes(pipe.vae, [(side, side)])
         sigmas = noise_levels(pipe, stored["num_inference_steps"], side)
         first = next(i for i, sigma in enumerate(sigmas) if sigma <= args.start_sigma)
+        if first == len(sigmas) - 1:
+            raise ValueError(f"--start_sigma {args.start_sigma}: no step is left; give {sigmas[-2]:.3f} or more")
         photograph = load_square(task.images[0][0], side).to(device)
         latents = flux.encode(pipe.vae, photograph)
         text = flux.stack_text(encoded, [prompt], device, dtype)

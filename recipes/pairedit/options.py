@@ -16,6 +16,7 @@ from recipes.pairedit.adapters import METHODS
 from recipes.pairedit.objectives import VARIANTS
 from recipes.pairedit.pairs import check_pairs, find_image, find_pairs
 from utils import flux, placement, run
+from utils.lora import read_settings
 from utils.parse import check_least, make_parser, run_main
 
 CONFIGS = Path(__file__).parent / "config"
@@ -83,9 +84,10 @@ def make_pairedit_parser(description):
     add("--use_random_seed", type=int, choices=[0, 1], default=0, help="1: seeds below 2^15 drawn from --seed")
     add("--start_seed_gen", type=int, default=6000, help="first seed")
     add("--count_gen", type=int, default=20, help="seeds")
-    add("--scales", default="0,0.8,1.0,1.2", help="slider values, with commas")
+    add("--scales", default="0,0.8,1.0,1.2", help="slider values, with commas; where the first is negative: "
+        "--scales=-1,0,1")
     add("--skips", type=int, nargs="+", default=[10], help="the LoRA acts from the step after this one, counted from "
-        "0; each value is a run of its own. Real images: from this step")
+        "0 (-1: from the first); each value is a run of its own. Real images: from this step")
     add("--output_folder_gen", default="output/eval/image", help="folder of images")
     add("--sample_batch_size", type=int, default=4, help="seeds sampled at once")
     add("--image_format", choices=["jpg", "png"], default="jpg", help="of single images")
@@ -102,7 +104,10 @@ def make_pairedit_parser(description):
 
 def parse_pairedit_args(description, argv=None):
     """The checked arguments of one of this recipe's programs. ValueError names the flag or file."""
-    args = make_pairedit_parser(description).parse_args(named_config(sys.argv[1:] if argv is None else argv))
+    words = named_config(sys.argv[1:] if argv is None else argv)
+    args = make_pairedit_parser(description).parse_args(words)
+    args.given = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    run.check_optimizer_args(args)
     check_least(args, train_iteration=1, save_per_steps=1, train_start=0, train_count=1, resolution=16, rank=1, seed=0,
                 train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1, num_inference_steps=1, cfg_eta=0,
                 learning_rate=0, max_grad_norm=0, count_gen=1, start_seed_gen=0, sample_batch_size=1,
@@ -119,16 +124,27 @@ def parse_pairedit_args(description, argv=None):
         raise ValueError(f"--noise_scales {args.noise_scales}: give numbers above 0")
     if not 0 < args.start_sigma <= 1:
         raise ValueError(f"--start_sigma {args.start_sigma}: give more than 0, at most 1")
-    if any(not 0 <= skip < args.num_inference_steps for skip in args.skips):
-        raise ValueError(f"--skips {args.skips}: give indices 0 to {args.num_inference_steps - 1}")
+    if not all(map(math.isfinite, (args.guidance_scale, args.semantic_cfg_scale))):
+        raise ValueError(f"--guidance_scale {args.guidance_scale}, --semantic_cfg_scale {args.semantic_cfg_scale}: "
+                         "give finite numbers")
+    if args.max_sequence_length > 512:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
     try:
-        args.scales = [float(scale) for scale in str(args.scales).split(",")]
+        args.scales = [float(scale) + 0.0 for scale in str(args.scales).split(",")]  # + 0.0: -0 is 0
     except ValueError as error:
         raise ValueError(f"--scales {args.scales}: write numbers with commas, such as 0,0.8,1.0,1.2") from error
     if not all(map(math.isfinite, args.scales)):
         raise ValueError(f"--scales {args.scales}: give finite numbers")
+    if len({f"{scale:.2f}" for scale in args.scales}) < len(args.scales):
+        raise ValueError("--scales: two values are equal to two decimals, which stand in file names; leave one out")
     if len(set(args.datasets)) < len(args.datasets):
         raise ValueError(f"--datasets {' '.join(args.datasets)}: a name is given twice")
+    for name in (*args.datasets, args.config_name):
+        if Path(name).name != name:
+            raise ValueError(f"--datasets and --config_name are parts of file names, not paths as {name}; the folder "
+                             "is --datasets_folder")
+    if VARIANTS[args.python_name] in ("real", "text") and args.noise_scales != [1.0]:
+        raise ValueError(f"--noise_scales: {args.python_name} has none; leave it out")
     flux.check_model(args.pretrained_model_name_or_path)
     placement.check_placement_args(args)
     choose_gpu(args.device)
@@ -167,6 +183,11 @@ def run_as(main, parse_args, argv=()):
     sys.exit(run_main(lambda: main(parse_args([*sys.argv[1:], *argv]))))
 
 
+def brief(value):
+    """A number with one decimal, as the original writes it, or with as many as it has."""
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:g}"
+
+
 @dataclass
 class Task:
     """One LoRA to train, or to generate with. position: of its dataset in --datasets. images: pairs of paths, of a real
@@ -183,7 +204,7 @@ class Task:
         """The LoRA's name, as the original writes it."""
         if self.image_id:
             return f"{self.dataset}_{self.image_id}_v{args.python_name}_{args.config_name}_v{self.version}"
-        return (f"{self.dataset}_v{args.python_name}_{args.cfg_eta:.1f}eta_{self.noise_scale:.1f}ns_"
+        return (f"{self.dataset}_v{args.python_name}_{brief(args.cfg_eta)}eta_{brief(self.noise_scale)}ns_"
                 f"{args.train_method}_{args.config_name}_v{self.version}")
 
     def folder(self, args):
@@ -192,7 +213,7 @@ class Task:
     def file(self, args, step, is_second=False):
         """The LoRA after `step` steps; is_second: the content LoRA beside a semantic one."""
         what = (f"{self.dataset}_{self.image_id}" if self.image_id else
-                f"{self.dataset}_{args.cfg_eta:.1f}eta_{self.noise_scale:.1f}ns")
+                f"{self.dataset}_{brief(args.cfg_eta)}eta_{brief(self.noise_scale)}ns")
         return self.folder(args) / (f"{what}_{args.num_inference_steps}inf_{step}epoch{'_0' * is_second}.safetensors")
 
 
@@ -214,9 +235,11 @@ def plan_tasks(args, check_images=True):
         for image_id, images in groups:
             if check_images:
                 check_pairs(images, args.resolution)
-            scales = args.noise_scales[:1] if args.objective in ("real", "text") else args.noise_scales
-            tasks += [Task(dataset, position, scale, version, images, image_id) for scale in scales
+            tasks += [Task(dataset, position, scale, version, images, image_id) for scale in args.noise_scales
                       for version in range(args.train_start, args.train_start + args.train_count)]
+    names = [task.folder(args) for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError("--noise_scales or --image_ids: a value is given twice")
     return tasks
 
 
@@ -229,10 +252,23 @@ def check_new(tasks, args):
                              "--config_name or --output_folder")
 
 
+def is_finished(task, args, settings):
+    """True if the LoRA of this task is finished. ValueError where its folder holds LoRAs that were trained in another
+    way than `settings` say: going on would mix them, or write over them."""
+    for file in task.folder(args).glob("*.safetensors"):
+        stored = (read_settings(file) or {}).get("slider", {})
+        if differing := sorted(key for key in settings if stored.get(key) != settings[key]):
+            raise ValueError(f"{file} was trained with other options ({', '.join(differing)}); restore these, or give "
+                             "another --config_name or --output_folder")
+    return task.file(args, args.train_iteration).exists()
+
+
 def make_settings(args, task, prompts):
     """What sampling, and whoever finds the LoRA, needs to know of its training; JSON-safe, stored in its file."""
     names = ["objective", "rank", "lora_alpha", "train_method", "cfg_eta", "start_step", "end_step", "fm_target",
-             "num_inference_steps", "guidance_scale", "max_sequence_length", "resolution"]
+             "num_inference_steps", "guidance_scale", "max_sequence_length", "resolution", "seed", "learning_rate",
+             "adam_weight_decay", "adam_beta1", "adam_beta2", "optimizer", "lr_scheduler", "train_batch_size",
+             "gradient_accumulation_steps", "vae_encode_mode"]
     return {name: getattr(args, name) for name in names} | {
         "dataset": task.dataset, "noise_scale": task.noise_scale, "version": task.version, "prompts": list(prompts),
         "prompt": prompts[0], "base_model": args.base_model_id}

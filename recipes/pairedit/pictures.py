@@ -8,12 +8,12 @@ import torch
 from utils.utils import image_grid, to_pil
 
 COLUMNS = 5  # of the picture
-PROMPT_CHARACTERS = 80  # of a prompt in a file name
+PROMPT_BYTES = 80  # of a prompt in a file name
 
 
 def file_stem(text):
     """A prompt as part of a file name, on any system."""
-    return re.sub(r"[^\w.-]+", "_", text).strip("_.")[:PROMPT_CHARACTERS]
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.").encode()[:PROMPT_BYTES].decode(errors="ignore")
 
 
 def write_slide(folder, dataset, seed, skip, epoch, scales, images, prompt, image_format="jpg", photograph=None):

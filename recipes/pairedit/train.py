@@ -20,7 +20,14 @@ from diffusers.training_utils import free_memory
 from my_dataset.dataset_deg_paired import IDENTITY_STREAM, item_seed
 from recipes.pairedit import adapters
 from recipes.pairedit.objectives import SEMANTIC, Pass, adapters_of, pair_passes, text_target
-from recipes.pairedit.options import check_new, make_settings, parse_pairedit_args, plan_tasks, text_prompts
+from recipes.pairedit.options import (
+    check_new,
+    is_finished,
+    make_settings,
+    parse_pairedit_args,
+    plan_tasks,
+    text_prompts,
+)
 from recipes.pairedit.pairs import encode_images, fingerprint
 from recipes.pairedit.sampling import euler, noise_levels, predict
 from utils import flux, placement, run
@@ -111,20 +118,20 @@ def main(args):
     # --- one LoRA, or two, after the other
     stop = run.StopSignal(accelerator.num_processes)
     for task, images in zip(tasks, posteriors, strict=True):
-        if task.file(args, args.train_iteration).exists():
-            accelerator.print(f"{task.file(args, args.train_iteration)} is there already")
-            continue
         args.output_dir, args.noise_scale = str(task.folder(args)), task.noise_scale
         settings = make_settings(args, task, prompts[task.dataset])
-        identity = settings | {name: getattr(args, name) for name in (
-            "seed", "train_batch_size", "gradient_accumulation_steps", "optimizer", "use_8bit_adam", "lr_scheduler",
-            "vae_encode_mode")} | {"images": fingerprint(task.images), "processes": accelerator.num_processes,
-                                   "base_precision": plan.base_precision}
+        if is_finished(task, args, settings):
+            accelerator.print(f"{task.file(args, args.train_iteration)} is there already")
+            continue
+        identity = settings | {"images": fingerprint(task.images), "processes": accelerator.num_processes,
+                               "base_precision": plan.base_precision, "use_8bit_adam": args.use_8bit_adam}
         adapters.reset(pipe.transformer, names, args.train_method,
                        [item_seed(args.seed, task.version, i, IDENTITY_STREAM) for i in range(len(names))])
         optimizer = run.make_optimizer(parameters, args, accelerator.num_processes)
         lr_scheduler = run.make_lr_scheduler(optimizer, args)
         step, state = run.resume(args, identity)
+        if step > args.train_iteration:
+            raise ValueError(f"--train_iteration {args.train_iteration}: {args.output_dir} is at step {step} already")
         models = dict.fromkeys(names, pipe.transformer)
         if state:
             run.load_state(state, models, optimizer, lr_scheduler, ema=None)
@@ -137,8 +144,8 @@ def main(args):
 
         def write_loras(step=None, task=task, settings=settings, optimizer=optimizer):
             with run.evaluation_weights(optimizer, None, parameters):
-                for is_second, name in enumerate(reversed(names)):
-                    adapters.save(pipe.transformer, name, task.file(args, step, is_second), settings)
+                for name in names:  # the slider last: where it is, the other is too
+                    adapters.save(pipe.transformer, name, task.file(args, step, name != names[-1]), settings)
 
         def backward(loss, guard=guard, files=files):
             (guard.protect(loss, files) / args.gradient_accumulation_steps).backward()
