@@ -299,8 +299,8 @@ def identity(args, settings, items, num_processes, more=()):
     """What a resumed run must have in common with the one it resumes, or its data, its optimizer state or the settings
     stored in the LoRA file would not fit. more: names of options that only this script has."""
     names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
-             "lr_scheduler", "seed", "train_batch_size", "gradient_accumulation_steps", "weighting_scheme",
-             "aspect_ratio_buckets", *more]
+             "learning_rate", "adam_weight_decay", "lr_scheduler", "seed", "train_batch_size",
+             "gradient_accumulation_steps", "weighting_scheme", "aspect_ratio_buckets", *more]
     return settings | {name: getattr(args, name) for name in names} | {
         "images": items, "processes": num_processes, "state_format": 2}  # 2: as collect_state nests it
 

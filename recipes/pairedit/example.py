@@ -31,7 +31,7 @@ CONFIG = CONFIGS / "embedded.yaml"
 ETA = {"dark": 1.7, "gray": 0.6, "glow": 3}  # of the edits that need another than the config's
 # Image sliders have no unit: their weight is taken further, so that equal strengths can be compared.
 SCALES = {"train_image_sliders": "0,1,2,3,4,6"}
-STRENGTH = 0.4  # share of the true edit at which variants are compared
+STRENGTHS = (0.25, 0.5)  # shares of the true edit at which variants are compared
 REAL = {"coffee": ("skimage.data", "coffee.png"), "flower": ("sklearn.datasets.images", "flower.jpg")}
 REAL_OPTIONS = ("--python_name train_image_real --train_iteration 200 --skips 14 --count_gen 1 --real_mix add "
                 "--semantic_cfg_scale 1 --start_sigma 0.5").split()
@@ -79,7 +79,7 @@ def read_table(path):
 def measure(folder, edit):
     """What the files of `evaluate` say of one slider: its share of the true edit at scale 1, its linear correlation
     with the scale (of the mean image, and the mean of all images'), whether it rises all along, and how much stayed as
-    it was where the slider reaches STRENGTH of the edit, between two scales; None where it does not, or not evenly."""
+    it was where the slider reaches each of STRENGTHS, between two scales; None where it never does."""
     curves = [row for row in read_table(folder / "monotonicity.csv") if row["measure"] == "edit_share"]
     mean = next(row for row in curves if row["seed"] == "mean")
     each = [float(row["linear"]) for row in curves if row["seed"] != "mean" and row["linear"]]
@@ -89,9 +89,11 @@ def measure(folder, edit):
                                 for name in ("attribute", "attribute_of_edit", kept))
     share = (attribute - attribute[0]) / (of_edit[0] - attribute[0])
     rises = bool((np.diff(share) > 0).all())
-    at_strength = float(np.interp(STRENGTH, share, left)) if rises and share[-1] >= STRENGTH else None
+    rising = np.argmax(share) + 1
+    kept_at = [float(np.interp(strength, share[:rising], left[:rising])) if share.max() >= strength else None
+               for strength in STRENGTHS]
     return {"share_at_1": float(mean["at_1"]), "linear": float(mean["linear"]), "linear_of_each": float(np.mean(each)),
-            "rises": rises, "kept": kept, "kept_at_strength": at_strength}
+            "rises": rises, "kept": kept, "kept_at": kept_at}
 
 
 def edit_real_images(args):
@@ -135,11 +137,12 @@ def main(args):
             table.append({"edit": edit, "variant": variant} | measure(scores, edit))
     real = edit_real_images(args) if args.real_images else []
 
-    print(f"\n{'edit':6} {'variant':22} share at 1  linear  of each  rises  kept at {STRENGTH:g} of the edit")
+    print(f"\n{'edit':6} {'variant':22} share at 1  linear  of each  rises  kept at "
+          f"{' and '.join(f'{strength:g}' for strength in STRENGTHS)} of the edit")
     for row in table:
         print(f"{row['edit']:6} {row['variant']:22} {row['share_at_1']:10.2f} {row['linear']:7.3f} "
               f"{row['linear_of_each']:8.3f} {'yes' if row['rises'] else 'no':>6}  {row['kept']} "
-              + ("-" if row["kept_at_strength"] is None else f"{row['kept_at_strength']:.3f}"))
+              + ", ".join("-" if value is None else f"{value:.3f}" for value in row["kept_at"]))
     for row in real:
         print(f"{row['edit']}, {row['photograph']}: PSNR at scale 0 {row['psnr_at_0']:.2f} dB, shares "
               f"{', '.join(f'{share:.2f}' for share in row['share'])}")
