@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, us
                              f"{', '.join(sorted({n.split('.', 2)[-1] for n in names})[:8])}")
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, init_lora_weights="gaussian",
                         target_modules=layers or DEFAULT_LAYERS, use_dora=use_dora, use_rslora=use_rslora)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # another LoRA, as is meant
         torch.manual_seed(seed)
         model.add_adapter(config, adapter_name=adapter)
     cast_training_params(model, torch.float32)
