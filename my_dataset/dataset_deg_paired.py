@@ -117,35 +117,43 @@ def pair_records(lr_root, hr_root, allow_missing=False):
     return records + [Record(str(path), path, fault=f"no partner in {root}") for path, root in missing]
 
 
+def json_lines(path):
+    """(line number, value) of every line of a file that is not blank. ValueError with the number for one that is not
+    JSON."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object per "
+                                 "line") from error
+            yield number, value
+
+
 def check_metadata(path):
     """Check a metadata.jsonl of an imagefolder before `datasets` reads it, which names neither line nor missing file.
     ValueError with the line number: not a JSON object, other keys than line 1, no file name, a file name that is
     absolute, holds `..` or does not exist."""
     keys = None
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error}); write one JSON object per line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: not a JSON object; write one JSON object per line")
-            keys = keys or set(row)
-            if set(row) != keys:
-                raise ValueError(f"{where}: keys {sorted(row)} differ from the first line's {sorted(keys)}")
-            files = {key: row[key] for key in row if key == "file_name" or key.endswith("_file_name")}
-            if not files:
-                raise ValueError(f"{where}: no key file_name or *_file_name")
-            for key, name in files.items():
-                if not isinstance(name, str) or not name:
-                    raise ValueError(f"{where}: {key} {name!r} is not a file name")
-                if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|[A-Za-z]:", name):
-                    raise ValueError(f"{where}: {key} {name!r} leaves the folder; use a path below it without '..'")
-                if not (path.parent / name).is_file():
-                    raise ValueError(f"{where}: {key} {name!r} does not exist")
+    for number, row in json_lines(path):
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object; write one JSON object per line")
+        keys = keys or set(row)
+        if set(row) != keys:
+            raise ValueError(f"{where}: keys {sorted(row)} differ from the first line's {sorted(keys)}")
+        files = {key: row[key] for key in row if key == "file_name" or key.endswith("_file_name")}
+        if not files:
+            raise ValueError(f"{where}: no key file_name or *_file_name")
+        for key, name in files.items():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{where}: {key} {name!r} is not a file name")
+            if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|[A-Za-z]:", name):
+                raise ValueError(f"{where}: {key} {name!r} leaves the folder; use a path below it without '..'")
+            if not (path.parent / name).is_file():
+                raise ValueError(f"{where}: {key} {name!r} does not exist")
     if keys is None:
         raise ValueError(f"{path}: empty; write one JSON object per line")
 

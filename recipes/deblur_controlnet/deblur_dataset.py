@@ -6,12 +6,11 @@ the fly from a folder of sharp images.
 
 `make_loader` is my_dataset.dataset_deg_bucket's. A sample is a function of (seed, epoch, index) alone."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 from my_dataset import dataset_deg_paired
-from my_dataset.dataset_deg_paired import CAPTION_STREAM, DegDataset, Record, item_rng
+from my_dataset.dataset_deg_paired import CAPTION_STREAM, DegDataset, Record, item_rng, json_lines
 from my_dataset.degradations import (
     defocus_kernel,
     gaussian_blur,
@@ -109,14 +108,8 @@ def read_pairs(data_root, json_file=JSON_FILE):
         raise FileNotFoundError(f"{path}: no such file; make it with recipes.deblur_controlnet.create_deblur_dataset, "
                                 "or name another with --data_root and --json_file")
     records, line_of = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, row in json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one JSON object per line") from error
         if not isinstance(row, dict) or not {"clear_image", "blur_image", "blur_type"} <= set(row):
             raise ValueError(f"{where}: not an object with clear_image, blur_image and blur_type")
         if row["blur_type"] not in BLUR_TYPES:
