@@ -23,6 +23,21 @@ cv2.setNumThreads(1)  # a forked loader process waits for ever on a pool that it
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def take_gradients(model):
+    """The gradients of a model's LoRA; none are left in it."""
+    from utils import lora
+
+    found = [parameter.grad for parameter in lora.parameters(model)]
+    for parameter in lora.parameters(model):
+        parameter.grad = None
+    return found
+
+
+def equal(these, those):
+    """True if two lists of tensors are equal to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     """Accelerate keeps one state per process; every test starts without one."""

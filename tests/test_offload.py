@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from tests.conftest import equal, take_gradients
 from utils import flux, lora, offload
 from utils.checkpointing import CHECKPOINTING, enable_checkpointing
 from utils.offload import BlockOffload
@@ -44,14 +45,7 @@ def gradients(transformer, micro_steps=2):
     """LoRA gradients accumulated over differing batches; none are left in the model."""
     for seed in range(micro_steps):
         predict(transformer, seed).square().mean().backward()
-    found = [parameter.grad for parameter in lora.parameters(transformer)]
-    for parameter in lora.parameters(transformer):
-        parameter.grad = None
-    return found
-
-
-def equal(these, those):
-    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+    return take_gradients(transformer)
 
 
 def blocks_of(transformer):

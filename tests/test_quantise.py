@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import PROJECT_ROOT
+from tests.conftest import PROJECT_ROOT, equal, take_gradients
 from utils import flux, lora, offload, quantise
 from utils.checkpointing import enable_checkpointing
 from utils.offload import BlockOffload, ignore_frozen
@@ -40,20 +40,12 @@ def predict(transformer, dtype=torch.float32):
 
 def gradients(transformer, dtype=torch.float32):
     predict(transformer, dtype).float().square().mean().backward()
-    found = [parameter.grad for parameter in lora.parameters(transformer)]
-    for parameter in lora.parameters(transformer):
-        parameter.grad = None
-    return found
-
-
-def equal(these, those):
-    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+    return take_gradients(transformer)
 
 
 def base_linears(transformer):
     """{name: linear layer} of all frozen ones, without the LoRA's."""
-    return {name.removesuffix(".base_layer"): module for name, module in transformer.named_modules()
-            if isinstance(module, torch.nn.Linear) and "lora_" not in name and not module.weight.requires_grad}
+    return {name: layer for name, layer in lora.linear_layers(transformer).items() if not layer.weight.requires_grad}
 
 
 # --- packing
