@@ -24,7 +24,7 @@ from tests.conftest import PROJECT_ROOT, photograph
 from utils import flux, lora
 from utils.metrics import psnr
 from utils.parse import run_main
-from utils.restore import STOCK_SETTINGS, schedule
+from utils.restore import STOCK_SETTINGS, noise_levels, schedule
 
 TINY = str(PROJECT_ROOT / "assets" / "tiny-kontext")
 TINY_OPTIONS = ["--pretrained_model_name_or_path", TINY, "--width", "64", "--height", "64", "--max_sequence_length",
@@ -70,7 +70,7 @@ def plain(tiny):
 
 def edited(pipe, text, image, steps=4, strength=0.6, seeds=(100,), offload="none"):
     """The final image of a run at guidance 1."""
-    sigmas = img2img.noise_levels(pipe.vae, pipe.scheduler, steps, *image.shape[-2:])
+    sigmas = noise_levels(pipe.vae, pipe.scheduler, steps, *image.shape[-2:])
     latents, noise = img2img.encode(pipe, image.expand(len(seeds), -1, -1, -1), seeds, "cpu", offload)
     first = img2img.start_index(steps, strength)
     z = img2img.sdedit(pipe, latents, noise, sigmas, first, text, 1.0, offload=offload)
@@ -134,7 +134,7 @@ def test_the_result_is_stock_flux_img2img_pipelines(tiny_model, photo, strength,
     (_, picture), = img2img.read_pictures(args, flux.load_models(tiny_model, "cpu", torch.float32).vae)
     text, _ = img2img.encode_text(args, torch.device("cpu"), torch.float32)
     pipe, _ = img2img.load_models(args, torch.device("cpu"), torch.float32)
-    sigmas = img2img.noise_levels(pipe.vae, pipe.scheduler, 7, 64, 48)
+    sigmas = noise_levels(pipe.vae, pipe.scheduler, 7, 64, 48)
     start, = img2img.choose_starts(sigmas, args.strengths)
     latents, noise = img2img.encode(pipe, to_tensor(np.asarray(picture))[None], [100], "cpu")
     ours = img2img.edit(args, pipe, latents, noise, sigmas, start, text, torch.device("cpu"))
@@ -155,7 +155,7 @@ def test_strength_towards_0_returns_the_vaes_round_trip(plain, photo):
     decibels = [float(psnr(img2img.decode(pipe, img2img.sdedit(pipe, latents, noise, [sigma, 0.0], 0, text, 1.0),
                                           "cpu"), round_trip)) for sigma in (0.5, 0.1, 0.01, 1e-4)]
     assert decibels == sorted(decibels) and decibels[0] < 35 and decibels[-1] > 60
-    sigmas = img2img.noise_levels(pipe.vae, pipe.scheduler, 2000, 64, 64)
+    sigmas = noise_levels(pipe.vae, pipe.scheduler, 2000, 64, 64)
     start, = img2img.choose_starts(sigmas, [0.0005])
     z = img2img.sdedit(pipe, latents, noise, sigmas, start.index, text, 1.0)
     assert start.steps == 1 and psnr(img2img.decode(pipe, z, "cpu"), round_trip) > 50

@@ -30,7 +30,7 @@ from recipes.pairedit import (
 )
 from recipes.pairedit.objectives import CONTENT, SEMANTIC, VARIANTS, adapters_of, pair_passes, text_target
 from tests.conftest import PROJECT_ROOT
-from utils import flux, lora
+from utils import flux, lora, restore
 
 pytestmark = pytest.mark.usefixtures("models_load_once")
 SIDE = 32
@@ -151,7 +151,7 @@ def step_of(tiny_pipe, name, command, seeds=(5,), **given):
     mean = torch.randn(2, 2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     text = flux.TextEmbeds(torch.randn(3 if args.objective == "text" else 1, 8, 16), torch.randn(
         3 if args.objective == "text" else 1, 16))
-    sigmas = sampling.noise_levels(tiny_pipe, args.num_inference_steps, SIDE)
+    sigmas = restore.noise_levels(tiny_pipe.vae, tiny_pipe.scheduler, args.num_inference_steps, SIDE, SIDE)
     losses = train.training_step(tiny_pipe, trained, (mean, 0.1 * torch.ones_like(mean)), text, sigmas, list(seeds),
                                  torch.Tensor.backward, args)
     return losses, {n: [p.grad for p in trained[n]] for n in names}, (mean, text, sigmas, trained, args)
@@ -407,7 +407,7 @@ def test_stock_flux_pipeline_reads_the_slider_and_paints_as_we_do(command, tmp_p
     pipe = flux.load_models(tiny_model, "cpu", torch.float32)
     adapters.load(pipe, file, SEMANTIC)
     text = flux.encode_prompts(tiny_model, ["a face"], "cpu", torch.float32, 8)["a face"]
-    sigmas = sampling.noise_levels(pipe, 4, SIDE)
+    sigmas = restore.noise_levels(pipe.vae, pipe.scheduler, 4, SIDE, SIDE)
     ours = sampling.slide(pipe, noise, sigmas, text, 3.5, [0, 0.7], start_index=0)
     torch.testing.assert_close(flux.pack(ours[1]), made, rtol=1e-4, atol=1e-5)
     assert not torch.equal(ours[0], ours[1])
@@ -424,7 +424,8 @@ def slid(tiny_pipe):
     for i, parameter in enumerate(p for n, p in tiny_pipe.transformer.named_parameters() if "lora_" in n):
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
     text = flux.TextEmbeds(torch.randn(1, 8, 16), torch.randn(1, 16))
-    return tiny_pipe, torch.randn(2, 16, 4, 4), sampling.noise_levels(tiny_pipe, 4, SIDE), text
+    sigmas = restore.noise_levels(tiny_pipe.vae, tiny_pipe.scheduler, 4, SIDE, SIDE)
+    return tiny_pipe, torch.randn(2, 16, 4, 4), sigmas, text
 
 
 def walk(pipe, z, sigmas, text, velocity):
@@ -467,7 +468,7 @@ def test_an_edit_is_the_content_velocity_moved_towards_the_semantic_one(slid, mi
 
 def test_the_schedule_is_stock_flux_own(tiny_pipe):
     """mu 0.63 at 1024 tokens: sigma 0.772, 0.653 and 0.065 at indices 10, 14 and 27 of 28 (the spec's figures)."""
-    sigmas = sampling.noise_levels(tiny_pipe, 28, 512)
+    sigmas = restore.noise_levels(tiny_pipe.vae, tiny_pipe.scheduler, 28, 512, 512)
     assert [sigmas[k] for k in (0, 10, 14, 27)] == pytest.approx([1.0, 0.772, 0.653, 0.065], abs=6e-4)
 
 

@@ -279,10 +279,16 @@ def read(path):
 def load(pipe, path, weight=1.0):
     """Load the transformer's part of a checked LoRA file into a pipeline under the name "restoration", at `weight`."""
     check(path, pipe.transformer)
-    tensors, alphas, metadata = read(path)
-    pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name="restoration", metadata=metadata,
-                                    _pipeline=pipe)
+    add(pipe, "restoration", *read(path))
     pipe.set_adapters("restoration", weight)
+
+
+def add(pipe, adapter, tensors, alphas=None, metadata=None):
+    """Put a LoRA, as `read` gives it, into a pipeline's transformer under the name `adapter`, beside those it has."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # another LoRA, as is meant
+        pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name=adapter, metadata=metadata,
+                                        _pipeline=pipe)
     compute_in_input_dtype(pipe.transformer)  # the numerics of training
     pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 

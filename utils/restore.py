@@ -87,6 +87,11 @@ def schedule(settings, steps, image_tokens, scheduler, start_noise):
     return positions, [s * (start_noise or 1) for s in positions]
 
 
+def noise_levels(vae, scheduler, steps, width, height):
+    """`steps` + 1 floats from 1 to 0: the model folder's schedule at this size in px, as stock samples it."""
+    return schedule(STOCK_SETTINGS, steps, flux.image_tokens(vae, [(height, width)]), scheduler, start_noise=1)[0]
+
+
 @contextlib.contextmanager
 def evaluating(*models):
     """Inside, the models are in evaluation mode; afterwards as they were."""

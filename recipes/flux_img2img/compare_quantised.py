@@ -24,13 +24,13 @@ from recipes.flux_img2img.img2img import (
     encode,
     encode_text,
     load_models,
-    noise_levels,
     picture_name,
     read_pictures,
 )
 from recipes.flux_img2img.quantised import effective_weight
 from utils.metrics import markdown_table, psnr
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
+from utils.restore import noise_levels
 from utils.session import choose_device
 from utils.utils import image_grid
 

@@ -46,7 +46,7 @@ from utils import flux, lora
 from utils.checkpoint import sha256
 from utils.offload import BlockOffload
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
-from utils.restore import STOCK_SETTINGS, draw_noise, schedule
+from utils.restore import draw_noise, noise_levels
 from utils.session import add_device_args, choose_device, out_of_memory_explained
 from utils.utils import image_grid, to_uint8
 
@@ -215,11 +215,6 @@ def choose_starts(sigmas, strengths, start_sigma=None):
     return [Start(label, index, sigmas[index], steps - index) for label, index in entries]
 
 
-def noise_levels(vae, scheduler, steps, width, height):
-    """`steps` + 1 floats from 1 to 0: the model folder's schedule at this size in px, as stock samples it."""
-    return schedule(STOCK_SETTINGS, steps, flux.image_tokens(vae, [(height, width)]), scheduler, start_noise=1)[0]
-
-
 def read_pictures(args, vae):
     """[(source, PIL picture at its final size)]. Every picture is read before anything large loads. ValueError or
     OSError that names it, or the flag of a size that the model cannot do."""
@@ -289,16 +284,11 @@ def load_loras(pipe, loras):
     """Load checked LoRA files, [(path, weight)], into the transformer; they act together."""
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, (path, _) in zip(names, loras, strict=True):
-        tensors, alphas, metadata = lora.read(path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # for merging, which is not done
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the LoRA before this one
-            pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name=name, metadata=metadata,
-                                            _pipeline=pipe)
+            lora.add(pipe, name, *lora.read(path))
     if loras:
         pipe.set_adapters(names, [weight for _, weight in loras])
-        lora.compute_in_input_dtype(pipe.transformer)
-        pipe.transformer.eval()
 
 
 def place(pipe, offload, device):

@@ -115,16 +115,13 @@ def load(pipe, path, name):
     has this name. ValueError where it does not fit the model."""
     path = Path(path)
     if path.suffix == ".pt":
-        tensors, alphas, metadata = read_legacy(path, pipe.transformer), None, None
+        content = [read_legacy(path, pipe.transformer)]
     else:
         lora.check(path, pipe.transformer)
-        tensors, alphas, metadata = lora.read(path)
+        content = lora.read(path)
     if name in getattr(pipe.transformer, "peft_config", {}):
         pipe.transformer.delete_adapters(name)
-    pipe.load_lora_into_transformer(tensors, alphas, pipe.transformer, adapter_name=name, metadata=metadata,
-                                    _pipeline=pipe)
-    lora.compute_in_input_dtype(pipe.transformer)
-    pipe.transformer.eval()
+    lora.add(pipe, name, *content)
 
 
 def read_legacy(path, transformer):

@@ -12,10 +12,10 @@ from recipes.pairedit import adapters
 from recipes.pairedit.objectives import SEMANTIC
 from recipes.pairedit.options import choose_prompts, choose_seeds, parse_pairedit_args, plan_tasks
 from recipes.pairedit.pictures import write_slide
-from recipes.pairedit.sampling import load_models, noise_levels, slide
+from recipes.pairedit.sampling import load_models, slide
 from utils import flux
 from utils.parse import public_args, run_main, writable_folder, write_json
-from utils.restore import draw_noise
+from utils.restore import draw_noise, noise_levels
 
 
 def parse_args(argv=None):
@@ -48,7 +48,7 @@ def main(args):
         side = stored["resolution"]
         flux.check_sizes(pipe.vae, [(side, side)])
         shape = flux.latent_shape(pipe.vae, side, side)
-        sigmas = noise_levels(pipe, stored["num_inference_steps"], side)
+        sigmas = noise_levels(pipe.vae, pipe.scheduler, stored["num_inference_steps"], side, side)
         name = file.stem if args.use_trained_lora_path else task.name(args)
         folder = Path(args.output_folder_gen, task.dataset, name, "origin")
         write_json(writable_folder(folder, "--output_folder_gen") / "settings.json", {

@@ -15,10 +15,10 @@ from recipes.pairedit.objectives import CONTENT, SEMANTIC
 from recipes.pairedit.options import choose_seeds, last_repeats, parse_pairedit_args, plan_tasks
 from recipes.pairedit.pairs import load_square
 from recipes.pairedit.pictures import write_slide
-from recipes.pairedit.sampling import edit, load_models, noise_levels
+from recipes.pairedit.sampling import edit, load_models
 from utils import flux
 from utils.parse import public_args, run_main, writable_folder, write_json
-from utils.restore import draw_noise
+from utils.restore import draw_noise, noise_levels
 
 
 def parse_args(argv=None):
@@ -50,7 +50,7 @@ def main(args):
         adapters.load(pipe, file, CONTENT)
         side = stored["resolution"]
         flux.check_sizes(pipe.vae, [(side, side)])
-        sigmas = noise_levels(pipe, stored["num_inference_steps"], side)
+        sigmas = noise_levels(pipe.vae, pipe.scheduler, stored["num_inference_steps"], side, side)
         first = next(i for i, sigma in enumerate(sigmas) if sigma <= args.start_sigma)
         if first == len(sigmas) - 1:
             raise ValueError(f"--start_sigma {args.start_sigma}: no step is left; give {sigmas[-2]:.3f} or more")

@@ -5,7 +5,6 @@ import torch
 from recipes.pairedit.adapters import activate
 from recipes.pairedit.objectives import CONTENT, SEMANTIC
 from utils import flux
-from utils.restore import STOCK_SETTINGS, schedule
 
 
 def load_models(args, prompts, max_sequence_length):
@@ -16,12 +15,6 @@ def load_models(args, prompts, max_sequence_length):
     encoded = flux.encode_prompts(path, prompts, device, dtype, max_sequence_length, **where)
     bits = {"bnb_options": args.bnb_options, "base_precision": args.base_precision or "bf16"}
     return flux.load_models(path, device, dtype, **bits, **where), encoded, device, dtype
-
-
-def noise_levels(pipe, steps, resolution):
-    """`steps` + 1 floats from 1 down to 0: the model folder's own schedule at this side in px, as stock FLUX has it."""
-    return schedule(STOCK_SETTINGS, steps, flux.image_tokens(pipe.vae, [(resolution, resolution)]), pipe.scheduler,
-                    start_noise=1)[0]
 
 
 def euler(velocity, z, sigmas, first, last):

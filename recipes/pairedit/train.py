@@ -29,10 +29,10 @@ from recipes.pairedit.options import (
     text_prompts,
 )
 from recipes.pairedit.pairs import encode_images, fingerprint
-from recipes.pairedit.sampling import euler, noise_levels, predict
+from recipes.pairedit.sampling import euler, predict
 from utils import flux, placement, run
 from utils.parse import run_main, writable_folder
-from utils.restore import STOCK_SETTINGS
+from utils.restore import STOCK_SETTINGS, noise_levels
 
 
 def parse_args(argv=None):
@@ -106,7 +106,7 @@ def main(args):
     pipe = placement.load(path, args, plan, device, dtype, STOCK_SETTINGS, encoded[every_prompt[0]].pooled, **where)
     flux.check_sizes(pipe.vae, sizes)
     posteriors = encode_images(pipe.vae, tasks, args.resolution, device)
-    sigmas = noise_levels(pipe, args.num_inference_steps, args.resolution)
+    sigmas = noise_levels(pipe.vae, pipe.scheduler, args.num_inference_steps, *sizes[0])
     tokens = args.max_sequence_length + flux.image_tokens(pipe.vae, sizes)
     pipe.vae = None
     free_memory()
