@@ -52,15 +52,16 @@ class TextEmbeds:
         return TextEmbeds(self.prompt.expand(batch, -1, -1), self.pooled.expand(batch, -1))
 
 
-def check_model(path):
-    """Fail before anything expensive if `path` is a folder without a pipeline in it. Hub ids pass."""
+def check_model(path, kind="FluxKontextPipeline",
+                cure="download FLUX.1-Kontext-dev and name its folder, or use assets/tiny-kontext"):
+    """Fail before anything expensive if `path` is a folder without a pipeline in it. Hub ids pass. kind, cure: what the
+    messages say of the family."""
     if Path(path).is_dir():
         if not (Path(path) / "model_index.json").is_file():
             raise ValueError(f"--pretrained_model_name_or_path {path}: no model_index.json there; name the folder of "
-                             "a FluxKontextPipeline")
+                             f"a {kind}")
     elif str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder; download FLUX.1-Kontext-dev and "
-                         "name its folder, or use assets/tiny-kontext")
+        raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder; {cure}")
 
 
 def model_id(path):
@@ -89,10 +90,10 @@ def read_bnb_config(path):
 
 
 def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_dir=None, skip=(), bnb_options=None,
-                  base_precision="bf16"):
-    """Stock FluxKontextPipeline without the components named in `skip`, its transformer quantised where `bnb_options`
-    (see read_bnb_config) or `base_precision` (see utils/quantise.py) say so. ValueError with the cure where the hub
-    says no: no network, a gated model without a token, a name that does not exist."""
+                  base_precision="bf16", pipeline_class=FluxKontextPipeline):
+    """Stock FluxKontextPipeline, or another class of diffusers, without the components named in `skip`, its transformer
+    quantised where `bnb_options` (see read_bnb_config) or `base_precision` (see utils/quantise.py) say so. ValueError
+    with the cure where the hub says no: no network, a gated model without a token, a name that does not exist."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -102,7 +103,7 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar a component buries the one that counts
     with fetching(path):
-        return FluxKontextPipeline.from_pretrained(
+        return pipeline_class.from_pretrained(
             path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,
             **dict.fromkeys(skip), **quantization,
         )

@@ -28,13 +28,15 @@ DEFAULT_LAYERS = [
 CLIP_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # likewise
 
 
-def add_lora_args(parser):
+def add_lora_args(parser, default_layers="attention and feed-forward, as in the official Kontext script. x_embedder "
+                  "and proj_out are allowed"):
+    """default_layers: what the help says of --lora_layers."""
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=int, default=16, help="LoRA rank")
     group.add_argument("--lora_alpha", type=float, help="LoRA scale is alpha / rank; default: the rank, so scale 1")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout in front of the LoRA, 0 to below 1")
-    group.add_argument("--lora_layers", help="comma list of module names that get a LoRA; default: attention and "
-                       "feed-forward, as in the official Kontext script. x_embedder and proj_out are allowed")
+    group.add_argument("--lora_layers", help="comma list of module names that get a LoRA; default: "
+                       f"{default_layers}")
     group.add_argument("--use_dora", action="store_true", help="DoRA: learn magnitude and direction apart")
     group.add_argument("--use_rslora", action="store_true", help="rank-stabilised scale alpha / sqrt(rank)")
     group.add_argument("--use_ema", action="store_true", help="keep an exponential moving average; it is what is "
@@ -236,7 +238,14 @@ def faults(path, transformer):
     if any(key.startswith("lora_unet_") for key in tensors):
         yield f"{path} has kohya's keys; run python -m scripts.lora_tool convert FILE --to diffusers --output OUT first"
         return
-    shapes = {f"transformer.{name}": tuple(layer.weight.shape) for name, layer in linear_layers(transformer).items()}
+    yield from tensor_faults(path, tensors, transformer, alpha_in_header)
+
+
+def tensor_faults(path, tensors, transformer, alpha_in_header=False):
+    """Every fault of a LoRA's tensors, by diffusers' names, for `transformer`, whose weights may be quantised; one line
+    each that names `path`. alpha_in_header: alpha is known from elsewhere, and must not be among the tensors."""
+    shapes = {f"transformer.{name}": (layer.out_features, layer.in_features)
+              for name, layer in linear_layers(transformer).items()}
     pairs = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

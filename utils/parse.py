@@ -36,13 +36,13 @@ class OmegaConfParser(configargparse.ConfigFileParser):
         return {key: value for key, value in values.items() if value not in ("", "~", "null")}
 
 
-def make_parser(description):
+def make_parser(description, config_parser=OmegaConfParser):
     """Argument parser with `--config file.yaml`: the file sets defaults, the command line wins, an unknown key
-    is an error."""
+    is an error. config_parser: a ConfigFileParser that reads it, class or instance."""
     parser = configargparse.ArgumentParser(
         description=description,
         allow_abbrev=False,  # an abbreviation that works today is a silent change of meaning tomorrow
-        config_file_parser_class=OmegaConfParser,
+        config_file_parser_class=config_parser,
         formatter_class=configargparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", is_config_file=True, help="YAML file with defaults; its keys are the flags' names")
@@ -57,10 +57,7 @@ def run_main(main):
     try:
         code = main()
     except (ValueError, OSError) as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1]
-        ours = (PROJECT_ROOT in Path(innermost.filename).resolve().parents and "site-packages" not in innermost.filename
-                and (innermost.line or "").startswith("raise "))
-        if os.environ.get("KONTEXT_TRACEBACK") or not (ours or explains_itself(error)):
+        if os.environ.get("KONTEXT_TRACEBACK") or not (is_ours(error) or explains_itself(error)):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -80,6 +77,13 @@ def check_least(args, **least):
         value = getattr(args, name)
         if value is not None and not lowest <= value < math.inf:
             raise ValueError(f"--{name} {value}: give {lowest} or more")
+
+
+def is_ours(error):
+    """True if a `raise` of this project's own code made the exception, so that its text was written for the user."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return (PROJECT_ROOT in Path(innermost.filename).resolve().parents and "site-packages" not in innermost.filename
+            and (innermost.line or "").startswith("raise "))
 
 
 def explains_itself(error):

@@ -17,9 +17,9 @@ BLOCK_WEIGHTS = r"re:(single_)?transformer_blocks\..*"
 def add_quantisation_args(parser):
     group = parser.add_argument_group("base weights")
     group.add_argument("--base_precision", choices=BASE_PRECISIONS,
-                       help="weights of the frozen transformer; default: what --memory chooses. bf16 as they are (fp32 "
-                       "on a CPU), 8 bit with one scale a row (int8, or fp8 E4M3), or 4 bit (nf4, needs a CUDA GPU); "
-                       "computing stays in bf16")
+                       help="weights of the frozen transformer; default: what --memory chooses, where there is no "
+                       "such option bf16. bf16 as they are (fp32 on a CPU), 8 bit with one scale a row (int8, or fp8 "
+                       "E4M3), or 4 bit (nf4, needs a CUDA GPU); computing stays in bf16")
     group.add_argument("--bnb_quantization_config_path", help="JSON file with bitsandbytes options: the frozen "
                        "transformer is quantised by them; needs a CUDA GPU")
 
@@ -44,7 +44,7 @@ def check_quantisation_args(args):
 
 
 def pipeline_config(base_precision, bnb_options, dtype):
-    """What FluxKontextPipeline.from_pretrained needs to quantise the transformer while it loads, or None for bf16.
+    """What a pipeline's from_pretrained needs to quantise the transformer while it loads, or None for bf16.
     dtype: in which it computes. bnb_options: see check_quantisation_args; they go before base_precision."""
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 
