@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +13,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
+    QwenImageTransformer2DModel,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from my_dataset.dataset_deg_paired import to_tensor
-from recipes.qwen_image import example, inference, qwen, tiny, train
+from recipes.qwen_image import example, inference, options, qwen, tiny, train
+from recipes.qwen_image.image_datasets.dataset import CustomImageDataset
 from recipes.qwen_image.options import DATA_KEYS, make_qwen_parser, parse_qwen_args
 from tests.conftest import equal
 from utils import flux, lora
@@ -28,6 +31,7 @@ from utils.lora import LORA_FILE
 from utils.parse import run_main
 
 calculate_dimensions = pipeline_qwenimage_edit.calculate_dimensions
+calculate_plus_dimensions = pipeline_qwenimage_edit_plus.calculate_dimensions
 CONFIGS = Path(train.__file__).parent / "train_configs"
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1,
                               wait_for_everyone=lambda: None)
@@ -61,6 +65,13 @@ def model(pipe, tmp_path_factory):
 def edit_model(edit_pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen") / "tiny-qwen-edit"
     edit_pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plus_model(edit_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen") / "tiny-qwen-edit-plus"
+    QwenImageEditPlusPipeline(**edit_pipe.components).save_pretrained(folder)
     return str(folder)
 
 
@@ -117,9 +128,11 @@ def one_step(pipe):
 
 @pytest.fixture
 def small_edits(monkeypatch):
-    """The stock edit pipeline resizes to one megapixel; here to 64 x 64."""
+    """The stock edit pipelines resize to one megapixel; here to 64 x 64, for the text encoder of Plus to 32 x 32."""
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions",
                         lambda area, ratio: calculate_dimensions(64 * 64, ratio))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio:
+                        calculate_plus_dimensions((64 if area == 1024**2 else 32) ** 2, ratio))
 
 
 # --- the model's parts against the stock pipelines --------------------------------------------------------------------
@@ -179,8 +192,16 @@ def test_a_step_of_the_stock_pipeline_goes_along_the_predicted_velocity(pipe):
 
 
 @torch.no_grad()
-def test_an_edit_is_predicted_as_by_the_stock_pipeline_and_cut_to_the_target(edit_pipe, small_edits):
-    """The control's tokens follow the target's, at positions of their own; the text has read the control too."""
+@pytest.mark.parametrize("kind", ["edit", "2509", "2511"])
+def test_an_edit_is_predicted_as_by_the_stock_pipeline_and_cut_to_the_target(edit_pipe, small_edits, kind):
+    """The control's tokens follow the target's, at positions of their own; the text has read the control too. 2509 is
+    a Plus pipeline, and 2511 one whose transformer takes the control for clean at every noise level."""
+    if kind != "edit":
+        torch.manual_seed(0)
+        config = dict(edit_pipe.transformer.config) | {"zero_cond_t": kind == "2511"}
+        edit_pipe = QwenImageEditPlusPipeline(**edit_pipe.components | {
+            "transformer": QwenImageTransformer2DModel.from_config(config)})
+        edit_pipe.set_progress_bar_config(disable=True)
     noise = noise_like(1, 16, 4, 6)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     stock = one_step(edit_pipe)(image, "make it red", true_cfg_scale=1.0, height=32, width=48, num_inference_steps=1,
@@ -299,6 +320,14 @@ def test_noise_levels_are_shifted_as_in_sampling_if_asked_for(monkeypatch):
     torch.testing.assert_close(shifted.double(), mu / (mu + 1 / sigma.double() - 1), atol=1e-6, rtol=0)
 
 
+def test_the_density_of_noise_levels_and_the_weights_of_the_loss_are_those_asked_for(monkeypatch):
+    _, sigma, _ = trace_step(monkeypatch, weighting_scheme="logit_normal", logit_mean=2.0, logit_std=0.1)
+    assert abs(sigma.mean() - 1 / (1 + np.exp(2))) < 0.01 and sigma.std() < 0.03
+    z, sigma, loss = trace_step(monkeypatch, weighting_scheme="sigma_sqrt")
+    noise = z / sigma.view(-1, 1, 1, 1)
+    assert loss == pytest.approx((noise.square().mean((1, 2, 3)) / sigma**2).mean().item(), rel=1e-4)
+
+
 def test_the_vae_is_sampled_or_its_mean_taken_and_the_rest_of_the_draws_stays(monkeypatch):
     (drawn, sigma, _), (mean, same, _), (certain, _, _) = (
         trace_step(monkeypatch, std=std, vae_encode_mode=mode)
@@ -373,6 +402,54 @@ def test_a_resumed_run_ends_in_the_same_bits(model, data, tmp_path, sigterm_in_s
         train.main(train.parse_args([*args, "--rank", "8"]))
 
 
+def test_a_resume_from_disk_caches_encodes_nothing_and_takes_the_folder_wherever_it_lies(model, data, tmp_path,
+                                                                                        monkeypatch):
+    more = "--precompute_image_embeddings --save_cache_on_disk --checkpointing_steps 2 --max_train_steps".split()
+    straight = run(model, data, tmp_path / "straight", *more, 4)
+    run(model, data, tmp_path / "out", *more, 2)
+    moved = shutil.copytree(data, tmp_path / "moved")
+    monkeypatch.setattr(qwen, "posterior", None)
+    monkeypatch.setattr(QwenImagePipeline, "encode_prompt", None)
+    resumed = run(model, moved, tmp_path / "out", *more, 4, "--resume_from_checkpoint", "latest")
+    assert equal(resumed.values(), straight.values())
+    (moved / "images" / "0.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="it differs in data"):
+        run(model, moved, tmp_path / "out", *more, 5, "--resume_from_checkpoint", "latest")
+
+
+def test_processes_share_the_work_of_disk_caches_and_each_gets_all_of_it(edit_model, data, tmp_path, monkeypatch):
+    dataset = CustomImageDataset(data / "images", 64, control_dir=data / "control_images")
+    ranks = [SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank, "num_processes": 2}) for rank in range(2)]
+    shares, files, texts, stores = [], [], [], []
+    monkeypatch.setattr(qwen, "gather_object", lambda entries: shares.append(entries) or sum(shares, []))
+    for rank in ranks:
+        texts.append(qwen.encode_texts(edit_model, dataset.text_inputs(), rank, torch.float32, 64, tmp_path / "text"))
+        stores.append(qwen.encode_pictures(edit_model, dataset, rank, torch.float32, True, tmp_path / "images"))
+        files.append([len(list((tmp_path / name).iterdir())) for name in ("text", "images")])
+    assert files == [[4, 4], [8, 8]]  # of 4 pairs a caption and " ", a target and a control
+    entries, store = stores[-1]
+    alone, memory = qwen.encode_pictures(edit_model, dataset, ACCELERATOR, torch.float32, True)
+    assert entries == alone and all(equal(store[name].values(), memory[name].values()) for name in memory)
+    assert all(qwen.text_key(caption, entry.control_key) in texts[0]  # what rank 1 has encoded too
+               for entry in entries for caption in (entry.example.prompt, " "))
+
+
+@pytest.mark.parametrize("more", [[], ["--precompute_image_embeddings"]])
+def test_an_image_that_breaks_off_is_replaced_and_reported(model, data, tmp_path, more):
+    broken = shutil.copytree(data, tmp_path / "broken") / "images" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    run(model, tmp_path / "broken", tmp_path / "out", *more)
+    assert str(broken) in (tmp_path / "out" / "unreadable.txt").read_text()
+
+
+def test_trackers_variant_and_the_limit_of_checkpoints_are_those_asked_for(pipe, data, tmp_path):
+    pipe.save_pretrained(tmp_path / "model", variant="fp16")
+    run(tmp_path / "model", data, tmp_path / "out", "--variant", "fp16", "--report_to", "tensorboard", "--logging_dir",
+        "curves", "--tracker_project_name", "mine", "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert list((tmp_path / "out" / "curves" / "mine").glob("events.*"))
+
+
 @pytest.mark.parametrize("is_edit", [False, True])
 def test_caches_in_memory_and_on_disk_train_as_no_cache_does(model, edit_model, data, tmp_path, is_edit):
     more = ["--control_dir", data / "control_images"] if is_edit else []
@@ -388,10 +465,15 @@ def test_caches_in_memory_and_on_disk_train_as_no_cache_does(model, edit_model, 
     assert not (tmp_path / "memory" / "cache").exists()
 
 
-def test_gradient_checkpointing_trains_the_same(model, data, tmp_path):
-    plain, checkpointed = (run(model, data, tmp_path / name, *more) for name, more in (
-        ("plain", []), ("checkpointed", ["--gradient_checkpointing"])))
-    assert equal(plain.values(), checkpointed.values())
+def test_gradient_checkpointing_trains_the_same(model, data, tmp_path, monkeypatch):
+    switched_on = []
+    enable = QwenImageTransformer2DModel.enable_gradient_checkpointing
+    monkeypatch.setattr(QwenImageTransformer2DModel, "enable_gradient_checkpointing",
+                        lambda transformer: switched_on.append(enable(transformer)))
+    plain = run(model, data, tmp_path / "plain")
+    assert not switched_on
+    checkpointed = run(model, data, tmp_path / "checkpointed", "--gradient_checkpointing")
+    assert len(switched_on) == 1 and equal(plain.values(), checkpointed.values())
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -416,11 +498,12 @@ def test_other_kinds_of_lora_load_in_the_stock_pipeline(model, data, tmp_path, o
     assert stock.get_active_adapters()
 
 
-def test_an_edit_lora_trains_and_validates_with_the_stock_pipeline(edit_model, data, tmp_path, small_edits):
+@pytest.mark.parametrize("kind", ["edit_model", "plus_model"])
+def test_an_edit_lora_trains_and_validates_with_the_stock_pipeline(kind, request, data, tmp_path, small_edits):
     picture = data / "control_images" / "0.png"
-    run(edit_model, data, tmp_path / "out", "--control_dir", data / "control_images", "--validation_prompt", "red",
-        "--validation_image", picture, "--num_validation_images", 2, "--num_inference_steps", 2,
-        "--validation_steps", 1, "--true_cfg_scale", 2)
+    run(request.getfixturevalue(kind), data, tmp_path / "out", "--control_dir", data / "control_images",
+        "--validation_prompt", "red", "--validation_image", picture, "--num_validation_images", 2,
+        "--num_inference_steps", 2, "--validation_steps", 1, "--true_cfg_scale", 2)
     made = sorted((tmp_path / "out" / "validation").iterdir())
     assert [path.name for path in made] == [f"step-00000{step}.png" for step in range(3)]
     first, last = (np.asarray(Image.open(made[i])).astype(int) for i in (0, -1))
@@ -499,6 +582,8 @@ def test_an_unknown_or_contradicting_key_is_refused_by_name(tmp_path, capsys, te
     (["--rank", 0], "--rank 0"), (["--num_inference_steps", 1], "--num_inference_steps 1: give 2 or more"),
     (["--base_precision", "nf4"], "--base_precision nf4: .*GPU"),
     (["--validation_image", "a.png"], "--validation_image is for edit training"),
+    (["--control_dir", "c", "--validation_image", "a.png"], "--validation_image is for edit training"),
+    (["--logit_std", -1], "--logit_std -1"), (["--adam_epsilon", "nan"], "--adam_epsilon nan"),
     (["--control_dir", "c", "--validation_prompt", "x"], "needs --validation_image"),
     (["--pretrained_model_name_or_path", "./none"], "./none: no such folder; download Qwen/Qwen-Image"),
 ])
@@ -507,7 +592,17 @@ def test_senseless_options_are_refused_before_anything_loads(tmp_path, more, mes
         parse("--pretrained_model_name_or_path", "a/b", "--img_dir", "x", "--output_dir", tmp_path / "out", *more)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match="--report_to wandb: it is not installed"):
+        parse("--pretrained_model_name_or_path", "a/b", "--img_dir", "x", "--output_dir", tmp_path, "--report_to",
+              "wandb")
+
+
 def test_the_model_must_fit_the_task(model, edit_model, tiny_model, data, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a model of unknown kind; name a Qwen-Image"):
+        qwen.is_edit_model(tmp_path)
     for path, more, message in ((model, ["--control_dir", data / "control_images"], "name a Qwen-Image-Edit"),
                                 (edit_model, [], "add --control_dir"), (tiny_model, [], "is a FluxKontextPipeline")):
         with pytest.raises(ValueError, match=message):
@@ -559,6 +654,20 @@ def test_inference_is_the_stock_pipeline_with_the_lora_at_its_weight(model, data
     stock.set_adapters(["x"], [0.5])
     assert (half != base).any() and abs(half - wanted()).max() <= 1
     assert (infer(model, tmp_path / "alone.png", "--true_cfg_scale", 1, "--seed", 3) != base).any()
+    assert (infer(model, tmp_path / "negative.png", "--negative_prompt", "a red cat") != base).any()
+
+
+def test_a_lora_of_other_tools_that_was_trained_with_dropout_drops_nothing_in_inference(model, data, tmp_path):
+    run(model, data, tmp_path / "lora")
+    with safe_open(tmp_path / "lora" / LORA_FILE, "pt") as file:
+        header = file.metadata()
+    config = json.loads(header["lora_adapter_metadata"])
+    assert config["transformer.lora_dropout"] == 0
+    header["lora_adapter_metadata"] = json.dumps(config | {"transformer.lora_dropout": 0.5})
+    save_file(load_file(tmp_path / "lora" / LORA_FILE), tmp_path / "foreign.safetensors", header)
+    ours, foreign = (infer(model, tmp_path / "x.png", "--lora_weights", path)
+                     for path in (tmp_path / "lora", tmp_path / "foreign.safetensors"))
+    assert (ours == foreign).all()
 
 
 @pytest.mark.parametrize("quantization", ["int8", "qfloat8"])
@@ -583,9 +692,12 @@ def test_an_edit_needs_an_image_and_text_to_image_takes_none(model, edit_model, 
     (["--width", 40], "--width 40: give a multiple of 16"), (["--quantization", "nf4"], "--quantization nf4"),
     (["--num_inference_steps", 1], "--num_inference_steps 1: give 2"), (["--lora_weight", "nan"], "--lora_weight nan"),
     (["--output_image", "x.gif"], "x.gif: end it in"), (["--lora_weights", "none"], "none: no such LoRA"),
+    (["--output_image", "file/x.png"], "--output_image file is a file"),
     (["--max_sequence_length", 2000], "--max_sequence_length 2000"),
 ])
-def test_senseless_options_of_inference_are_refused(model, more, message):
+def test_senseless_options_of_inference_are_refused(model, more, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(ValueError, match=message):
         inference.parse_args(["--model_name", model, "--width", "48", "--height", "32", *map(str, more)])
 

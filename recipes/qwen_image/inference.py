@@ -20,7 +20,7 @@ from PIL import Image
 from my_dataset.images import load_rgb, save_image
 from recipes.qwen_image import qwen
 from utils import flux, lora, quantise
-from utils.parse import check_least, make_parser, run_main
+from utils.parse import check_least, make_parser, run_main, writable_folder
 from utils.session import add_device_args, choose_device
 
 QUANTISATIONS = {"none": "bf16", "int8": "int8", "fp8": "fp8", "nf4": "nf4", "qfloat8": "fp8"}
@@ -73,6 +73,7 @@ def parse_args(argv=None):
             raise ValueError("--quantization nf4: bitsandbytes quantises on a CUDA GPU only; give int8 or fp8")
     if Path(args.output_image).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--output_image {args.output_image}: end it in .png, .jpg or .webp")
+    writable_folder(Path(args.output_image).parent, "--output_image")
     if args.lora_weights:
         args.lora_weights = lora.find_file(args.lora_weights)
     qwen.check_model(args.pretrained_model_name_or_path)
@@ -104,6 +105,7 @@ def load_lora(pipe, file, weight):
     pipe.load_lora_into_transformer(tensors, pipe.transformer, adapter_name="lora", metadata=metadata, _pipeline=pipe)
     pipe.set_adapters(["lora"], [weight])
     lora.compute_in_input_dtype(pipe.transformer)  # the numerics of training
+    pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 
 
 def main(args):
@@ -121,10 +123,8 @@ def main(args):
                  generator=torch.Generator().manual_seed(args.seed),
                  max_sequence_length=args.max_sequence_length or settings.get("max_sequence_length", STOCK_TOKENS),
                  ).images[0]
-    output = Path(args.output_image)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_image(output, np.asarray(image))
-    print(f"{output}: {image.width} x {image.height}, seed {args.seed}"
+    save_image(Path(args.output_image), np.asarray(image))
+    print(f"{args.output_image}: {image.width} x {image.height}, seed {args.seed}"
           + (f", LoRA {args.lora_weights} at {args.lora_weight:g}" if args.lora_weights else ""))
 
 

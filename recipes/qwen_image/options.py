@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import configargparse
+from accelerate.utils import is_wandb_available
 
 from recipes.qwen_image import qwen
 from recipes.qwen_image.image_datasets.dataset import add_data_args
@@ -137,7 +138,7 @@ def parse_qwen_args(description, argv=None):
     check_least(args, max_sequence_length=1, rank=1, seed=0, train_batch_size=1, dataloader_num_workers=0,
                 gradient_accumulation_steps=1, max_train_steps=1, max_grad_norm=0, checkpointing_steps=0,
                 checkpoints_total_limit=1, logging_steps=1, validation_steps=1, num_validation_images=1,
-                num_inference_steps=2, true_cfg_scale=1, max_pixels=1)
+                num_inference_steps=2, true_cfg_scale=1, max_pixels=1, logit_std=0, adam_epsilon=0)
     if args.max_sequence_length > 1024:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 1024")
     lora.check_lora_args(args)
@@ -150,8 +151,11 @@ def parse_qwen_args(description, argv=None):
     if not args.precompute_text_embeddings:
         print("--no-precompute_text_embeddings does nothing: texts are encoded before the transformer loads",
               flush=True)
-    if args.validation_image and not args.control_dir:
-        raise ValueError("--validation_image is for edit training; add --control_dir, or leave it out")
+    if args.report_to == "wandb" and not is_wandb_available():
+        raise ValueError("--report_to wandb: it is not installed; pip install wandb, or give tensorboard")
+    if args.validation_image and not (args.control_dir and args.validation_prompt):
+        raise ValueError("--validation_image is for edit training with --validation_prompt; add --control_dir and "
+                         "the prompt, or leave it out")
     if args.control_dir and args.validation_prompt and not args.validation_image:
         raise ValueError("--validation_prompt of edit training needs --validation_image, the image to edit")
     qwen.check_model(args.pretrained_model_name_or_path)

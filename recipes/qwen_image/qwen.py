@@ -45,9 +45,9 @@ def is_edit_model(path, **where):
     """True for a model that edits an image, False for one that makes it from text. Reads its model_index.json alone.
     ValueError where it is another family's. where: revision, variant (which no config has), cache_dir."""
     with flux.fetching(path):
-        name = DiffusionPipeline.load_config(path, **where | {"variant": None})["_class_name"]
+        name = DiffusionPipeline.load_config(path, **where | {"variant": None}).get("_class_name")
     if name not in ("QwenImagePipeline", *EDIT_PIPELINES):
-        raise ValueError(f"{path} is a {name}; name a Qwen-Image or Qwen-Image-Edit model")
+        raise ValueError(f"{path} is a {name or 'model of unknown kind'}; name a Qwen-Image or Qwen-Image-Edit model")
     return name in EDIT_PIPELINES
 
 
@@ -171,15 +171,17 @@ class TrainingItems(Dataset):
     def posteriors(self, place):
         entries, store = self.encoded
         posteriors = [store[name] for name in entries[place].names]
-        return entries[place].example, [torch.cat([each["mean"], each["std"]]) for each in posteriors], []
+        return (entries[place].example, [torch.cat([each["mean"], each["std"]]) for each in posteriors],
+                entries[place].skipped)
 
 
 class Entry(NamedTuple):
-    """A picture that is encoded. names: of its posteriors in the store."""
+    """A picture that is encoded. names: of its posteriors in the store. skipped: of `CustomImageDataset.picture`."""
 
     example: tuple
     names: list
     control_key: str | None
+    skipped: list
 
 
 @torch.no_grad()
@@ -193,9 +195,9 @@ def encode_pictures(path, dataset, accelerator, dtype, is_edit, folder=None, **w
     first, stride = (accelerator.process_index, accelerator.num_processes) if folder else (0, 1)
     entries = []
     for place in range(first, len(dataset.sizes), stride):
-        example, images, _ = dataset.picture(place)
+        example, images, skipped = dataset.picture(place)
         names = [cached_posterior(vae, image.to(accelerator.device), store, posterior)[0] for image in images]
-        entries.append((place, Entry(example, names, content_key(images[1]) if is_edit else None)))
+        entries.append((place, Entry(example, names, content_key(images[1]) if is_edit else None, skipped)))
     del vae
     free_memory()
     if folder:

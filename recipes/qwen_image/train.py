@@ -81,7 +81,8 @@ def main(args):
     settings = {name: getattr(args, name) for name in (
         "max_sequence_length", "vae_encode_mode", "weighting_scheme", "timestep_shift", "img_size", "seed",
         "learning_rate")} | {"base_model": args.base_model_id, "is_edit": is_edit}
-    pictures = repr((dataset.sizes, [(example.name, example.prompt) for example in dataset.examples]))
+    pictures = repr((dataset.sizes, [(example.target.relative_to(args.img_dir).as_posix(), example.prompt)
+                                     for example in dataset.examples]))  # wherever the folder lies
     identity = settings | {name: getattr(args, name) for name in (
         "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_target_preset", "use_dora", "use_rslora", "use_ema",
         "optimizer", "use_8bit_adam", "adam_weight_decay", "lr_scheduler", "train_batch_size",
