@@ -7,19 +7,23 @@
 
 Start noise, sigmas, guidance, prompt and text length come from the LoRA file. An image of any size comes out at exactly
 its size, in 8 bits, with its ICC profile and EXIF; an alpha channel is carried over unchanged. What is larger than the
-LoRA's training size is restored in overlapping tiles."""
+LoRA's training size is restored in overlapping tiles. `accelerate launch --num_processes N` in place of `python` shares
+the images between N GPUs."""
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
+from PIL import Image
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import KERNELS, folder_records, heldout_seed, item_seed, pair_records, to_tensor
 from my_dataset.degradations import add_degradation_args, degrader_from_args
-from my_dataset.images import MAX_PIXELS, load_image, save_image
+from my_dataset.images import MAX_PIXELS, load_image, load_rgb, save_image
 from my_dataset.outputs import is_done, plan_outputs, sidecar_path
 from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm, load_pairs
 from utils import metrics
@@ -27,6 +31,7 @@ from utils.checkpoint import sha256
 from utils.failures import report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.quantise import quantise_blocks
+from utils.report import item_name, picture, section, write_report
 from utils.restore import STOCK_SETTINGS
 from utils.score import (
     DEFINITIONS,
@@ -49,6 +54,7 @@ from utils.session import (
     out_of_memory_explained,
     resolve_settings,
     restore_image,
+    start_processes,
     without_lora,
 )
 from utils.tiles import choose_tiling, round_trip_tiled, trained_side
@@ -66,6 +72,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output", required=True, help="folder for everything that is written")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="leave out images with more pixels than this")
+    add("--grid_images", type=int, default=6, help="images in report.html and, when scoring, in grid.png")
 
     add = parser.add_argument_group("restoring degraded images").add_argument
     add("--input", help="image, or folder searched recursively; its structure is mirrored in --output")
@@ -94,7 +101,6 @@ def parse_args(argv=None):
         help="also score OpenCV's bilateral filter, likewise at its best")
     add("--nlm_row", action=argparse.BooleanOptionalAction, default=True,
         help="also score OpenCV's non-local means, at the strength that is best on the scored images")
-    add("--grid_images", type=int, default=6, help="images drawn in grid.png")
     add_degradation_args(parser)
     args = parser.parse_args(argv)
     check_args(args)
@@ -116,20 +122,21 @@ def check_args(args):
     check_restoration_args(args, has_base_row=bool(args.clean) and args.base_row)
 
 
-def restore_files(args, settings, steps, start_noise, device, dtype):
-    """Restore every image of --input; returns 1 if some failed, else 0."""
+def restore_files(args, settings, steps, start_noise, device, dtype, processes):
+    """Restore every image of --input, each in one of the processes; returns 1 if some failed, else 0."""
     run = describe_run(args, settings, steps, start_noise, dtype) | {"base_precision": args.base_precision}
-    jobs, failures = [], []
+    jobs, failures, skipped = [], [], 0
     plan = plan_outputs(args.input, args.output, args.suffix, args.ext, args.num_images)
-    for path, variant, output in plan:
+    for path, variant, output in plan[processes.process_index :: processes.num_processes]:
         try:
             sidecar = {"input": path.name, "input_sha256": sha256(path), "seed": args.seed + variant} | run
         except OSError as error:
             failures.append((path, error))
             continue
-        if not (args.skip_existing and is_done(output, sidecar)):
+        if args.skip_existing and is_done(output, sidecar):
+            skipped += 1
+        else:
             jobs.append((path, output, sidecar))
-    skipped = len(plan) - len(failures) - len(jobs)
 
     def quantise_measured(pipe, text):
         """Quantise the transformer, and say what that does to the middle of the first image."""
@@ -149,7 +156,7 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
     if jobs:
         pipe, text = load_models(args, settings, device, dtype, quantise_measured)
         tiling = choose_tiling(args, settings, pipe.vae)
-    for path, output, sidecar in tqdm(jobs, unit="image", disable=None):
+    for path, output, sidecar in tqdm(jobs, unit="image", disable=None if processes.is_main_process else True):
         try:
             image = load_image(path, args.max_pixels)
             height, width = image.rgb.shape[:2]
@@ -161,9 +168,29 @@ def restore_files(args, settings, steps, start_noise, device, dtype):
             write_json(sidecar_path(output), sidecar | {"tiles_used": used})
         except (ValueError, OSError) as error:
             failures.append((path, error))
-    print(f"{len(plan) - skipped - len(failures)} restored, {skipped} already there, {len(failures)} failed: "
-          f"{args.output}")
-    return report_failures(failures, args.output)
+    failures = sorted(gather_object(failures), key=lambda failure: str(failure[0]))  # every process now has all
+    skipped = sum(gather_object([skipped]))
+    if processes.is_main_process:
+        print(f"{len(plan) - skipped - len(failures)} restored, {skipped} already there, {len(failures)} failed: "
+              f"{args.output}")
+        report_restored(args, plan, [path for path, _ in failures], run)
+        report_failures(failures, args.output)
+    return int(bool(failures))
+
+
+def report_restored(args, plan, failed, run):
+    """Write report.html: the first --grid_images restored images, each beside what it was made from."""
+    pictures, notes = {}, {}
+    for path, _, output in [job for job in plan if job[0] not in failed][: args.grid_images]:
+        item = output.relative_to(args.output).as_posix()
+        pictures[item] = [picture(label, Image.fromarray(load_rgb(file, args.max_pixels)))
+                          for label, file in (("input", path), ("restored", output))]
+        sidecar = json.loads(sidecar_path(output).read_text(encoding="utf-8"))
+        notes[item] = {name: value for name, value in sidecar.items() if name not in run}
+    if pictures:
+        write_report(Path(args.output) / "report.html", "Restored images", f"{len(pictures)} of {len(plan)} images, "
+                     f"{len(failed)} failed", [section("Images", pictures=pictures, notes=notes)],
+                     {"How they were made": run, "Versions": package_versions()})
 
 
 def make_rows(args, pipe, text, settings, steps, start_noise, target, control, seed):
@@ -194,8 +221,8 @@ def make_rows(args, pipe, text, settings, steps, start_noise, target, control, s
     yield "ceiling", *round_trip(target)
 
 
-def score_images(args, settings, steps, start_noise, device, dtype):
-    """Score on --clean; returns 1 if some images failed, else 0."""
+def score_images(args, settings, steps, start_noise, device, dtype, processes):
+    """Score on --clean, each image in one of the processes; returns 1 if some images failed, else 0."""
     names = metrics.available_metrics(args.lpips_backbone, args.lpips_net)
     names = metrics.parse_metrics(args.metrics) if args.metrics else names
     degrade = None if args.degraded else degrader_from_args(args)
@@ -204,33 +231,43 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     count = min(args.max_images or len(records), len(records))
     pipe, text = load_models(args, settings, device, dtype)
 
-    scores, degradations, pictures, failures = [], [], [], []
-    for index in tqdm(np.linspace(0, len(records) - 1, count).round().astype(int).tolist(), unit="image", disable=None):
+    chosen = np.linspace(0, len(records) - 1, count).round().astype(int).tolist()
+    scored, failures = [], []
+    for index in tqdm(chosen[processes.process_index :: processes.num_processes], unit="image",
+                      disable=None if processes.is_main_process else True):
         name, image_scores, params = records[index].name, [], []
         try:
             pairs = load_pairs(records[index], index, degrade, heldout_seed(args.seed), args.crop_px,
                                args.crops_per_image, args.upscale_kernel, args.max_pixels)
             for crop, (target, control, degradation) in enumerate(pairs):
-                measured, shown, used = {}, {"target": target[0]}, {}
+                measured, shown, used = {}, {"target": (target[0], {})}, {}
                 with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
                     for row, image, tiles in make_rows(args, pipe, text, settings, steps, start_noise, target, control,
                                                        item_seed(args.seed, crop, index)):
                         measured[row] = measure(image.to(device), target.to(device), names, lpips)
-                        shown |= {row: image[0]} if row in GRID_LABELS else {}
+                        shown |= {row: (image[0], measured[row])} if row in GRID_LABELS else {}
                         used |= {row: tiles} if tiles else {}
                 image_scores += [{"image": name, "crop": crop, "row": row} | measured[row] for row in measured]
                 params.append({"image": name, "crop": crop, "degradation": degradation, "tiles_used": used})
                 if crop == len(pairs) // 2:  # the middle of the photograph says more than its corner
-                    picture = shown, measured
+                    drawn = {item_name(params[-1]): shown}
         except (ValueError, OSError) as error:
-            failures.append((name, error))
+            failures.append((index, name, error))
             continue
-        scores, degradations = scores + image_scores, degradations + params
-        pictures += [picture] if len(pictures) < args.grid_images else []
-    code = report_failures(failures, args.output)
+        scored.append((index, image_scores, params, drawn if len(scored) < args.grid_images else {}))
+
+    # every process now has all, in the order of the images
+    scored, failures = (sorted(gather_object(part), key=lambda image: image[0]) for part in (scored, failures))
+    scores, degradations = ([item for image in scored for item in image[i]] for i in (1, 2))
+    pictures = {item: shown for image in scored[: args.grid_images] for item, shown in image[3].items()}
+    code = int(bool(failures))
+    if processes.is_main_process:
+        report_failures([failure[1:] for failure in failures], args.output)
     if not scores:
         raise ValueError(f"--clean {args.clean}: not one image could be scored, see failures.json in {args.output}")
 
+    if not processes.is_main_process:
+        return code
     labels = dict(ROWS)
     for row in ("nlm", "bilateral"):
         scores, setting = keep_best(scores, row)
@@ -255,7 +292,7 @@ def score_images(args, settings, steps, start_noise, device, dtype):
     if report["images"] < FEW_IMAGES:
         print(f"The intervals are too narrow: a bootstrap over fewer than {FEW_IMAGES} images knows too few of them.")
     print(f"n = {report['images']} images, {report['crops']} crops; mean [95 % interval]; {steps} steps, start noise "
-          f"{start_noise:g}, seed {args.seed}\nscores.csv, metrics.json, grid.png: {args.output}")
+          f"{start_noise:g}, seed {args.seed}\nscores.csv, metrics.json, grid.png, report.html: {args.output}")
     return code
 
 
@@ -263,8 +300,11 @@ def main(args):
     device, dtype = choose_device(args)
     settings, steps, start_noise = resolve_settings(args)
     writable_folder(args.output, "--output")
+    processes = start_processes(device)
     run = restore_files if args.input else score_images
-    return run(args, settings, steps, start_noise, device, dtype)
+    code = run(args, settings, steps, start_noise, device, dtype, processes)
+    processes.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
+from my_dataset.streaming import add_stream_args
 from utils import flow_matching as fm
 from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
-from utils.card import push_to_hub, write_model_card
+from utils.card import push_to_hub, restore_command, write_model_card
 from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
 from utils.parse import make_parser, run_main
 from utils.restore import make_settings
@@ -33,6 +34,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     flux.add_model_args(parser)
     add_data_args(parser)
+    add_stream_args(parser)
     parser.add_argument("--instance_prompt", default="Restore this degraded photograph to high fidelity",
                         help="prompt of every image without its own")
     parser.add_argument("--cache_latents", action="store_true",
@@ -111,18 +113,21 @@ def main(args):
     heldout = heldout_from_args(args, dataset, degrade)
     extra_images = load_validation_images(args)
 
-    accelerator, dtype = run.make_accelerator(args)
-    validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
+    accelerator, dtype = run.make_accelerator(args, can_shard=True)
+    validation_steps = run.plan_steps(args, dataset.images, accelerator.num_processes)
     settings, device = make_settings(args), accelerator.device
     validation_prompt = args.validation_prompt or args.instance_prompt
     prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]
     largest = max(dataset.buckets, key=math.prod)
     decode_px = args.perceptual_crop * FLUX_LATENT_PX if args.perceptual_loss else 0
     plan = placement.plan(args, device, dtype, [largest] * (1 + args.reference_tokens), prompts, decode_px=decode_px)
-    identity = run.identity(args, settings, len(dataset), accelerator.num_processes,
+    images = dataset.images or str(dataset.stream)
+    identity = run.identity(args, settings, images, accelerator.num_processes,
                             more=("degradation_types", "degradation_preset"))
     identity["base_precision"] = plan.base_precision
     step, state = run.resume(args, identity)
+    if args.dry_run:
+        return run.print_plan(accelerator, args, images, step, validation_steps, plan)
     run.start_run(accelerator, args, step, "flux-kontext-restoration")
     if accelerator.is_main_process and step == 0:
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
@@ -164,7 +169,7 @@ def main(args):
             return lora.save(pipe.transformer, folder, settings)
 
     def validate():
-        if accelerator.is_main_process and (heldout or extra_images):
+        if (accelerator.is_main_process or plan.shards > 1) and (heldout or extra_images):
             with run.evaluation_weights(optimizer, ema, lora_parameters), speed.eagerly():
                 grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
                 steps = args.num_inference_steps or validation.default_steps(settings)
@@ -217,8 +222,9 @@ def main(args):
 
     if accelerator.is_main_process:
         path = write_lora(args.output_dir)
-        write_model_card(args, settings, len(dataset))
-        print(f"LoRA: {path}")
+        write_model_card(args, settings, images)
+        run.print_summary(args, path, settings,
+                          restore_command(args.pretrained_model_name_or_path, args.output_dir))
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

@@ -30,7 +30,7 @@ from my_dataset.prompts import tokenize_prompt
 from utils import flow_matching as fm
 from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
-from utils.card import push_to_hub, write_dreambooth_card
+from utils.card import generate_command, push_to_hub, write_dreambooth_card
 from utils.generate import generate_class_images
 from utils.parse import check_least, make_parser, run_main, writable_folder
 from utils.restore import STOCK_SETTINGS, evaluating
@@ -155,7 +155,7 @@ def main(args):
     validation_prompt = next(prompt for prompt in (args.validation_prompt, args.instance_prompt,
                                                    dataset.examples[0].prompt) if prompt is not None)
 
-    accelerator, dtype = run.make_accelerator(args)
+    accelerator, dtype = run.make_accelerator(args, can_shard=True)
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     settings = STOCK_SETTINGS | {
         "vae_encode_mode": args.vae_encode_mode, "guidance_scale": args.guidance_scale,
@@ -175,6 +175,8 @@ def main(args):
         "center_crop", "caption_dropout", "class_prompt", "prior_loss_weight"))
     identity |= {"data": dataset.fingerprint(), "base_precision": plan.base_precision}
     step, state = run.resume(args, identity)
+    if args.dry_run:
+        return run.print_plan(accelerator, args, len(dataset), step, validation_steps, plan)
     run.start_run(accelerator, args, step, "flux-kontext-dreambooth")
     if accelerator.is_main_process and step == 0:
         run.report_skipped([f"{path}: {reason}" for path, reason in dataset.unreadable], args.output_dir, "left out")
@@ -185,9 +187,10 @@ def main(args):
     generation_dtype = {None: dtype, "bf16": torch.bfloat16}.get(args.prior_generation_precision, torch.float32)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     side_px = max(math.isqrt(height * width) for height, width in dataset.buckets) // 16 * 16
-    if missing and plan.offload_blocks:
+    if missing and (plan.offload_blocks or plan.shards > 1):
         raise ValueError(f"--class_data_dir {args.class_data_dir}: {len(missing)} class images are missing, and making "
-                         "them takes the whole transformer on the GPU; give --memory nf4, or make them elsewhere")
+                         "them takes the whole transformer on one GPU; give --memory nf4, without FSDP, or make them "
+                         "elsewhere")
     precision = placement.precision(args, plan) if args.prior_generation_precision is None else {}
     generate_class_images(path, args.class_prompt, mine, side_px, args.sample_batch_size, args.seed, device,
                           generation_dtype, args.max_sequence_length, precision, **where)
@@ -230,7 +233,8 @@ def main(args):
     spread = np.linspace(0, len(dataset.examples) - 1, min(len(dataset.examples), SUBJECT_IMAGES)).round().astype(int)
     is_validated = args.num_validation_images > 0 and (
         heldout or validation_references or (args.validation_prompt is not None and not references))
-    if is_validated and not references and accelerator.is_main_process:
+    validates = is_validated and (accelerator.is_main_process or plan.shards > 1)
+    if validates and not references:
         subject = validation.thumbnails(dataset[int(i)]["target"] for i in spread)
 
     def write_lora(folder):
@@ -246,7 +250,7 @@ def main(args):
 
     @torch.no_grad()
     def validate():
-        if accelerator.is_main_process and is_validated:
+        if validates:
             grid = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
             steps = args.num_inference_steps or validation.default_steps(settings)
             with (run.evaluation_weights(optimizer, ema, parameters), evaluating(*models.values()), speed.eagerly(),
@@ -308,7 +312,8 @@ def main(args):
     if accelerator.is_main_process:
         file = write_lora(args.output_dir)
         write_dreambooth_card(args, settings, len(dataset.examples))
-        print(f"LoRA: {file}")
+        run.print_summary(args, file, settings,
+                          generate_command(args.pretrained_model_name_or_path, args.output_dir, settings))
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

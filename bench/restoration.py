@@ -6,7 +6,8 @@
 A set is made from any folder of clean images; what it looks like depends on its name, --seed and the place of the image
 among the folder's sorted files alone, and its sha256 over names and degraded pixels is written. The classical methods
 are tuned on other photographs, degraded alike. Written: results.md (one table a set), results.json (everything),
-scores.csv (a line per image and row) and <set>.png; after every set, so that a broken run leaves what it finished."""
+scores.csv (a line per image and row), <set>.png and report.html, one page of all that, with charts over sampling steps
+and seconds; after every set, so that a broken run leaves what it finished."""
 
 import argparse
 import contextlib
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bench.charts import draw_sampling
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, folder_records, item_rng, item_seed, to_tensor
 from my_dataset.degradations import (
     add_degradation_args,
@@ -43,8 +45,19 @@ from test_deg_lora_flux_kontext import NLM_STRENGTHS as SCORING_STRENGTHS
 from utils import flow_matching as fm
 from utils import flux, lora, metrics
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
+from utils.report import DIGITS, chart, section, write_report
 from utils.restore import choose_start_noise
-from utils.score import DEFINITIONS, ROWS, caption, measure, package_versions, readable, summarise, write_csv
+from utils.score import (
+    DEFINITIONS,
+    ROWS,
+    caption,
+    compared,
+    measure,
+    package_versions,
+    readable,
+    summarise,
+    write_csv,
+)
 from utils.session import (
     add_device_args,
     by_tiles,
@@ -93,7 +106,6 @@ LABELS = ROWS | {
 }
 HEADINGS = {"psnr": "PSNR dB [95 %]", "psnr_y": "PSNR-Y dB [95 %]", "ssim": "SSIM", "ssim_y": "SSIM-Y",
             "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "laplacian": "Laplacian", "shift_px": "shift px", "scale": "scale"}
-DIGITS = {"psnr": 2, "psnr_y": 2, "laplacian": 3, "shift_px": 3, "scale": 5}  # others: 4
 
 
 class DegradedSet(NamedTuple):
@@ -384,13 +396,14 @@ def model_rows(args, pipe, model, text, target, control, seed):
 
 def score_set(args, degraded_set, records, indices, tuned, enlargements, pipe, models, texts, names, lpips, device):
     """(scores, pictures): a dict of image, row, seconds and metrics for every image and row; and for the first
-    --grid_images {row: (middle of the image, metrics)}."""
-    scores, pictures = [], [{} for _ in indices[: args.grid_images]]
+    --grid_images {image: {row: (its middle, metrics)}}."""
+    scores = []
+    pictures = {image_name(records[index], args.clean): {} for index in indices[: args.grid_images]}
 
     def score(make_rows, path=None):
         with attached(pipe, path, args.lora_weight):
-            for place, index in enumerate(tqdm(indices, desc=degraded_set.name, unit="image", leave=False,
-                                               disable=None)):
+            for index in tqdm(indices, desc=degraded_set.name, unit="image", leave=False, disable=None):
+                name = image_name(records[index], args.clean)
                 target, control, params = load_pair(records[index], index, degraded_set, args.seed, args.crop_px)
                 for row, make in make_rows(index, target, control, params).items():
                     with out_of_memory_explained(f"{target.shape[-1]}x{target.shape[-2]} px"):
@@ -398,11 +411,10 @@ def score_set(args, degraded_set, records, indices, tuned, enlargements, pipe, m
                         image = make()
                         seconds = time.perf_counter() - start
                         measured = measure(image.to(device), target.to(device), names, lpips)
-                    scores.append({"set": degraded_set.name, "image": image_name(records[index], args.clean),
-                                   "row": row, "seconds": seconds, **measured})
-                    if place < len(pictures):
+                    scores.append({"set": degraded_set.name, "image": name, "row": row, "seconds": seconds, **measured})
+                    if name in pictures:
                         crop = 0, slice(None), *middle(*target.shape[-2:], PICTURE_PX)
-                        pictures[place] |= {row: (image[crop].clone(), measured), "target": (target[crop], {})}
+                        pictures[name] |= {row: (image[crop].clone(), measured), "target": (target[crop], {})}
 
     score(lambda index, target, control, params: classical_rows(target, control, params, tuned, enlargements))
     for model, text in zip(models, texts, strict=True):
@@ -480,12 +492,49 @@ def to_markdown(report):
     return "\n\n".join(lines) + "\n"
 
 
+def drawn_columns(best):
+    """Rows to draw: input, best classical, base, best LoRA and target."""
+    return [row for row in ("input", best["classical"], best["base"], best["lora"], "target") if row]
+
+
 def draw_set(pictures, best):
-    """Picture with the columns input, best classical, base, best LoRA and target."""
-    columns = [row for row in ("input", best["classical"], best["base"], best["lora"], "target") if row]
-    cells = [[picture[row] for row in columns] for picture in pictures]
+    """Picture of the drawn_columns."""
+    columns = drawn_columns(best)
+    cells = [[picture[row] for row in columns] for picture in pictures.values()]
     return image_grid([[image for image, _ in line] for line in cells], [LABELS.get(row, row) for row in columns],
                       [[caption(values) for _, values in line] for line in cells], CELL_PX)
+
+
+def chart_set(described, models):
+    """Figure of PSNR over sampling steps and over seconds an image: a line for each model and start noise, dashed lines
+    for input and best classical method. None where nothing was sampled."""
+    lines = {}
+    for row, steps, _ in [variant for model in models for variant in model.variants]:
+        psnr, seconds = described["rows"][row]["psnr"], described["rows"][row]["seconds"]
+        lines.setdefault(row.rpartition(", ")[0], []).append((steps, seconds, psnr["mean"], psnr["lo"], psnr["hi"]))
+    levels = {described["rows"][row]["label"]: described["rows"][row]["psnr"]["mean"]
+              for row in ("input", described["best"]["classical"]) if row}
+    return draw_sampling(lines, levels, "PSNR, dB [95 %]") if lines else None
+
+
+def report_section(name, described, scores, pictures, figure):
+    """The page's part on one set."""
+    best = described["best"]
+    columns = sorted(drawn_columns(best), key=lambda row: row not in ("input", best["lora"] or best["base"]))
+    return section(name, described["rows"], described["best_lora_minus"], best["lora"], scores,
+                   compared(pictures, columns, LABELS), described["degradations"],
+                   f"{described['description']}. sha256 {described['sha256']}", [chart(figure)] if figure else [])
+
+
+def report_page(path, report, sections):
+    """Write report.html of what is finished."""
+    machine = report["machine"]
+    write_report(path, "Restoration benchmark", f"{report['date']}, {report['model']}, {report['images']} images, "
+                 f"{report['crop']}, seed {report['seed']}, {machine['gpu'] or machine['cpu']}; mean [95 % interval by "
+                 "bootstrap over images], seconds: median", sections,
+                 {"What the numbers mean": report["definitions"] | {"lpips_net": report["lpips_net"]},
+                  "Left out": dict(enumerate(report["left_out"], start=1)), "How the rows were made": report["rows"],
+                  "Options": report["arguments"], "Machine": machine, "Versions": report["versions"]})
 
 
 def describe_machine(device):
@@ -544,7 +593,7 @@ def main(args):
                  for model in models for row, steps, start_noise in model.variants},
         "arguments": public_args(args), "sets": {},
     }
-    scores = []
+    scores, sections = [], []
     for one in sets:
         tuned = tune(one, photos, args.seed)
         set_scores, pictures = score_set(args, one, records, indices, tuned, described[one.name]["enlargements"], pipe,
@@ -554,10 +603,13 @@ def main(args):
         write_csv(folder / "scores.csv", scores)
         write_json(folder / "results.json", report)
         (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
+        found = report["sets"][one.name]
         if pictures:
-            draw_set(pictures, report["sets"][one.name]["best"]).save(folder / f"{one.name}.png")
+            draw_set(pictures, found["best"]).save(folder / f"{one.name}.png")
+        sections.append(report_section(one.name, found, set_scores, pictures, chart_set(found, models)))
+        report_page(folder / "report.html", report, sections)
         print(f"\n{one.name}\n{set_table(report['sets'][one.name]['rows'])}")
-    print(f"\nresults.md, results.json, scores.csv, pictures: {folder}")
+    print(f"\nresults.md, results.json, scores.csv, report.html, pictures: {folder}")
 
 
 if __name__ == "__main__":

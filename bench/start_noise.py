@@ -8,7 +8,7 @@ reference tokens; each without and with the gradient loss. Every arm trains a fr
 step, on the same batches in the same order, at a constant rate with a moving average of the weights, which can be
 scored fairly at any step: after --steps (equal steps), and where the arm has used as much CPU time as k = 1 needs for
 them (equal time). Another process may run other seeds into the same folder; --table alone draws the table of all that
-is there.
+is there; equal_steps.png and equal_time.png show its PSNR over sampling steps.
 
 The embedded base model was trained at k = 1 with reference tokens and partly on restoration. That arm goes on where the
 base stopped, the others learn anew: the table says what the change costs within the budget, not which k is best in the
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import train_deg_lora_flux_kontext as script
+from bench.charts import draw_sampling
 from my_dataset.dataset_deg_bucket import BucketBatchSampler
 from my_dataset.dataset_deg_paired import (
     check_no_overlap,
@@ -226,6 +227,16 @@ def table(folder):
     return lines, rows
 
 
+def chart_of(rows):
+    """Figure of PSNR over sampling steps by arm, with the standard deviation over seeds."""
+    lines = {}
+    for row in rows:
+        spread = row["psnr_std"] or 0.0
+        lines.setdefault(row["arm"], []).append(
+            (row["sampling_steps"], None, row["psnr"], row["psnr"] - spread, row["psnr"] + spread))
+    return draw_sampling(lines, {}, "PSNR, dB")
+
+
 def main():
     args = parse_args()
     folder = writable_folder(args.output, "--output")
@@ -238,6 +249,8 @@ def main():
         writer.writeheader()
         writer.writerows(rows)
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        chart_of([row for row in rows if row["budget"] == budget]).savefig(folder / f"{budget.replace(' ', '_')}.png")
     print("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from my_dataset.dataset_deg_paired import ORDER_STREAM, DegDataset, item_rng, use_one_thread
 from my_dataset.images import MAX_PIXELS
+from my_dataset.streaming import StreamBatchSampler
 
 # (height, width) of about one megapixel that FLUX.1 Kontext was trained on: PREFERRED_KONTEXT_RESOLUTIONS of diffusers.
 _PORTRAIT = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
@@ -94,10 +95,14 @@ class BucketBatchSampler(Sampler):
 
 
 def make_loader(dataset, collate_fn, args, start=0, pin_memory=False):
-    """Endless loader of `dataset`, which has a `bucket_of`, in the order of BucketBatchSampler; start: as there."""
+    """Endless loader of `dataset`, which has a `bucket_of`, in the order of BucketBatchSampler, or of its stream, if it
+    has one; start: as there."""
+    if getattr(dataset, "stream", None):
+        sampler = StreamBatchSampler(dataset.stream, args.train_batch_size, args.seed, start, args.output_dir)
+    else:
+        sampler = BucketBatchSampler(dataset.bucket_of, args.train_batch_size, args.seed, start)
     return DataLoader(
-        dataset, batch_sampler=BucketBatchSampler(dataset.bucket_of, args.train_batch_size, args.seed, start),
-        collate_fn=collate_fn, num_workers=args.dataloader_num_workers, pin_memory=pin_memory,
-        worker_init_fn=use_one_thread,
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers,
+        pin_memory=pin_memory, worker_init_fn=use_one_thread,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
     )

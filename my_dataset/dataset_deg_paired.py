@@ -2,10 +2,12 @@
 
 A sample is a function of (seed, epoch, index) alone, so that the number of workers and processes, and the moment of a
 resume, change no sample."""
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tarfile
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -58,21 +60,45 @@ class HubImage(NamedTuple):
     row: int
 
     def read(self, name):
-        cell = next(iter(self.table[self.row].values())) or {}
-        if cell.get("bytes"):
-            return cell["bytes"]
-        if cell.get("path"):
-            return Path(cell["path"])
-        raise UnreadableImage(name, "the image column is empty")
+        return cell_content(next(iter(self.table[self.row].values())), name)
+
+
+def cell_content(cell, name):
+    """Bytes or Path of an undecoded cell of an image column. UnreadableImage where it is empty."""
+    if cell and cell.get("bytes"):
+        return cell["bytes"]
+    if cell and cell.get("path"):
+        return Path(cell["path"])
+    raise UnreadableImage(name, "the image column is empty")
+
+
+class TarMember(NamedTuple):
+    """A file that lies in a tar without compression: `offset` and `size` are bytes."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    @contextlib.contextmanager
+    def open(self, name):
+        """The file, opened where it lies. UnreadableImage where the archive is gone."""
+        info = tarfile.TarInfo()
+        info.offset_data, info.size = self.offset, self.size
+        try:
+            archive = tarfile.open(self.tar, "r:")
+        except (OSError, tarfile.TarError) as error:
+            raise UnreadableImage(name, error) from error
+        with archive, archive.extractfile(info) as file:
+            yield file
 
 
 class Record(NamedTuple):
-    """One item before it is read. target, control: a Path or a HubImage; no control: it is made by degrading the
-    target. fault: why the item must be left out, or None."""
+    """One item before it is read. target, control: where the image lies, or the bytes of its file; no control: it is
+    made by degrading the target. fault: why the item must be left out, or None."""
 
     name: str
-    target: Path | HubImage
-    control: Path | HubImage | None = None
+    target: Path | HubImage | TarMember | bytes
+    control: Path | HubImage | TarMember | bytes | None = None
     prompt: str | None = None
     fault: str | None = None
 
@@ -158,9 +184,9 @@ def check_metadata(path):
         raise ValueError(f"{path}: empty; write one JSON object per line")
 
 
-def load_table(name, config_name=None, cache_dir=None):
-    """The training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset. ValueError
-    or FileNotFoundError with the cure."""
+def load_table(name, config_name=None, cache_dir=None, streaming=False):
+    """The training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset; streaming: as
+    an IterableDataset, of which nothing is kept on disk. ValueError or FileNotFoundError with the cure."""
     is_local = Path(name).is_dir()
     if is_local:
         for path in sorted(Path(name).rglob("metadata.jsonl")):
@@ -171,7 +197,7 @@ def load_table(name, config_name=None, cache_dir=None):
 
     try:
         return datasets.load_dataset(str(Path(name).resolve()) if is_local else name, config_name, split="train",
-                                     cache_dir=cache_dir)
+                                     cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # datasets raises many kinds, several of its own
         cure = "check its files" if is_local else "check the name and the network, or give a local folder"
         raise ValueError(f"--dataset_name {name}: cannot be loaded ({' '.join(str(error).split())}); {cure}") from error
@@ -216,7 +242,10 @@ def hub_records(name, config_name=None, image_column=None, cond_image_column=Non
 def read(source, max_pixels, name, reader):
     if isinstance(source, Path):
         return reader(source, max_pixels)
-    return reader(source.read(name), max_pixels, name)
+    if isinstance(source, TarMember):
+        with source.open(name) as file:
+            return reader(file, max_pixels, name)
+    return reader(source if isinstance(source, bytes) else source.read(name), max_pixels, name)
 
 
 def check_headers(records, check):
@@ -293,7 +322,10 @@ class DegDataset(Dataset):
 
     An item is asked for by (index, epoch), or by index for epoch 0. `unreadable` lists (path, reason) of the files that
     were left out by their header. A file that fails later is replaced by the next readable one and named in the item's
-    "skipped". ValueError when nothing is left or the sizes of a pair do not fit."""
+    "skipped". ValueError when nothing is left or the sizes of a pair do not fit.
+
+    `images`: how many there are. With `stream` set (my_dataset/streaming.py) that is None: `records` is then a first
+    look, and an item is asked for by (index, epoch, Records: its own, and those that replace it)."""
 
     def __init__(self, source, degrade=None, resolution=512, prompt="", crop="random", random_flip=False, seed=0,
                  upscale_kernel="bicubic", max_pixels=MAX_PIXELS, crop_zoom=(1.0, 1.0)):
@@ -312,6 +344,7 @@ class DegDataset(Dataset):
         self.max_pixels = max_pixels
         records = folder_records(source) if isinstance(source, str | Path) else source
         self.records, self.sizes, self.unreadable = check_headers(records, self._check_header)
+        self.images, self.stream = len(self.records), None
         self.is_paired = any(record.control is not None for record in self.records)
         if degrade is None and not self.is_paired:
             raise ValueError("clean images need a degradation: pass --degradation_types, or pairs with --lr_root")
@@ -348,11 +381,15 @@ class DegDataset(Dataset):
         return target, control
 
     def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        if not 0 <= index < len(self):
+        index, epoch, *streamed = key if isinstance(key, tuple) else (key, 0)
+        records, row, bucket_of = self.records, index, self.bucket_of
+        if streamed:
+            records, row, bucket_of = streamed[0], 0, [0] * len(streamed[0])
+        if not 0 <= row < len(records):
             raise IndexError(index)
-        record, (target, control), skipped = load_readable(self._load, self.records, index, self.bucket_of)
-        size = self.buckets[self.bucket_of[index]]
+        record, (target, control), skipped = load_readable(self._load, records, row, bucket_of)
+        bucket = bucket_of[row]
+        size = self.buckets[bucket]
         rng = item_rng(self.seed, epoch, index, GEOMETRY_STREAM)
         place, flip = rng.random(2), rng.random() < 0.5
         if self.crop == "center":
@@ -375,7 +412,7 @@ class DegDataset(Dataset):
             "epoch": epoch,
             "seed": item_seed(self.seed, epoch, index),
             "path": record.name,
-            "bucket_idx": self.bucket_of[index],
+            "bucket_idx": bucket,
             "degradation": degradation,
             "skipped": skipped,
         }
@@ -424,7 +461,8 @@ def add_data_args(parser):
     add = data.add_argument
     add("--hr_root", "--instance_data_dir", help="folder of clean images, read recursively")
     add("--lr_root", help="folder of degraded images; with --hr_root: stored pairs, matched by relative path")
-    add("--dataset_name", help="imagefolder or Hugging Face dataset; a mere label when --hr_root is given")
+    add("--dataset_name", help="imagefolder, folder of .tar shards (webdataset's layout) or Hugging Face dataset; a "
+        "mere label when --hr_root is given")
     add("--dataset_config_name", help="configuration of --dataset_name")
     add("--image_column", help="column of the clean images (default: clean, else image)")
     add("--cond_image_column", help="column of the degraded images (default: degraded where it exists)")
@@ -448,14 +486,19 @@ def add_data_args(parser):
 
 
 def dataset_from_args(args, degrade, prompt="", seed=0):
-    """The DegDataset or DegBucketDataset that the options of `add_data_args` ask for.
+    """The DegDataset or DegBucketDataset that the options of `add_data_args` ask for, and --streaming, if there is one.
     degrade: as for DegDataset, or None. ValueError or FileNotFoundError naming the flag that is wrong."""
     from my_dataset.dataset_deg_bucket import KONTEXT_BUCKETS, DegBucketDataset, parse_buckets_string
+    from my_dataset.streaming import stream_from_args
+    from my_dataset.tar_shards import is_tar_folder, tar_records
 
     if args.lr_root and not args.hr_root:
         raise ValueError("--lr_root needs --hr_root with the clean images of the pairs")
     if not args.hr_root and not args.dataset_name:
         raise ValueError("no images: pass --hr_root FOLDER, --lr_root with --hr_root, or --dataset_name")
+    streaming = getattr(args, "streaming", False)  # an option of streaming.py
+    if streaming and (args.hr_root or not args.dataset_name):
+        raise ValueError("--streaming reads --dataset_name: name it, and leave out --hr_root")
     if args.resolution < MIN_SIDE_PX or args.resolution % 16:
         raise ValueError(f"--resolution {args.resolution} must be a positive multiple of 16")
     if args.max_pixels < 1:
@@ -463,13 +506,19 @@ def dataset_from_args(args, degrade, prompt="", seed=0):
     if args.dataloader_num_workers < 0:
         raise ValueError(f"--dataloader_num_workers {args.dataloader_num_workers} must be 0 or more")
     buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else KONTEXT_BUCKETS
+    stream, columns = None, (args.image_column, args.cond_image_column, args.caption_column)
     if args.lr_root:
         records = pair_records(args.lr_root, args.hr_root, args.allow_missing)
     elif args.hr_root:
         records = folder_records(args.hr_root)
+    elif streaming:
+        stream = stream_from_args(args, *columns)
+        records = [stream.first()]
+    elif is_tar_folder(args.dataset_name):
+        records = tar_records(args.dataset_name, *columns)
     else:
-        records = hub_records(args.dataset_name, args.dataset_config_name, args.image_column, args.cond_image_column,
-                              args.caption_column, getattr(args, "cache_dir", None))  # an option of flux.py
+        records = hub_records(args.dataset_name, args.dataset_config_name, *columns,
+                              cache_dir=getattr(args, "cache_dir", None))  # an option of flux.py
     common = {
         "prompt": prompt,
         "crop": "center" if args.center_crop else "random",
@@ -488,4 +537,6 @@ def dataset_from_args(args, degrade, prompt="", seed=0):
     else:
         dataset = DegDataset(records, degrade, args.resolution, **common)
     dataset.identity_probability = identity
+    if stream:
+        dataset.stream, dataset.images = stream, None
     return dataset

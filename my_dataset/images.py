@@ -92,7 +92,7 @@ def list_images(root, recursive=True):
 
 
 def _open_image(source, max_pixels, name):
-    if not isinstance(source, bytes):
+    if isinstance(source, (str, Path)):
         try:
             if os.path.getsize(source) == 0:
                 raise UnreadableImage(name, "empty file (0 bytes)")
@@ -141,7 +141,8 @@ def _exif_bytes(exif, name):
 
 
 def image_size(source, max_pixels=MAX_PIXELS, name=None):
-    """(height, width) of the upright image, from the header alone. `source` as for `load_image`.
+    """(height, width) of the upright image, from the header alone: of a file inside an archive no more is read.
+    `source` as for `load_image`.
     UnreadableImage when it is not an image or has more than `max_pixels`."""
     name = name or source
     with _open_image(source, max_pixels, name) as image:
@@ -153,7 +154,8 @@ def image_size(source, max_pixels=MAX_PIXELS, name=None):
 
 def load_image(source, max_pixels=MAX_PIXELS, name=None):
     """Decode the first frame of an image file, upright, as a LoadedImage.
-    source: a path, or the bytes of a file together with a `name` for messages. The format is found in the content.
+    source: a path; or an open file, or the bytes of one, together with a `name` for messages. The format is found in
+    the content.
     16-bit grey is scaled by 1/257, float grey in [0, 1] by 255; other float ranges are refused.
     UnreadableImage when it cannot be decoded in full, or has more than `max_pixels` by its header (nothing is then
     decoded)."""

@@ -2,8 +2,8 @@
 
     python -m scripts.plot_loss --runs outputs/a outputs/b --output curves.png --smooth 10
 
-The first panel has the losses, the others what validation measured: PSNR, and what lies about 0 to 1. A number that was
-not finite is a gap."""
+The first panel has the losses, the next two what validation measured: PSNR, and what lies about 0 to 1; then come the
+seconds of a step, and those of them spent waiting for data. A number that was not finite is a gap."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 
 from utils.parse import check_least, make_parser, run_main
 
-PANELS = ("training", "validation, dB", "validation")
+PANELS = ("training", "validation, dB", "validation", "seconds", "memory, GiB")
+BY_DEFAULT = ("loss/", "train/", "validation/", "seconds_per_step", "data_seconds_per_step")
 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", required=True, help="output folders of trainings, or their metrics.jsonl files")
-    add("--keys", nargs="+", help="what to draw, such as loss/flow validation/psnr; default: all that begins with "
-        "loss/ or validation/")
+    add("--keys", nargs="+", help="what to draw, such as loss/flow validation/psnr; default: losses, "
+        "validation and seconds; there are also lr, gradient_norm and memory_gib")
     add("--smooth", type=int, default=1, help="draw losses as the mean of up to so many reports up to each")
     add("--log", action="store_true", help="logarithmic axis for the losses")
     add("--output", default="loss.png", help="picture; its extension names the format (png, svg, pdf)")
@@ -61,9 +62,9 @@ def smoothed(values, count):
 
 
 def panel_of(key):
-    if not key.startswith("validation/"):
-        return "training"
-    return "validation, dB" if "psnr" in key else "validation"
+    if key.startswith("validation/"):
+        return "validation, dB" if "psnr" in key else "validation"
+    return "seconds" if key.endswith("seconds_per_step") else "memory, GiB" if key == "memory_gib" else "training"
 
 
 def draw(runs, keys, smooth, log):
@@ -80,7 +81,7 @@ def draw(runs, keys, smooth, log):
                 steps, values = curves[key]
                 values = smoothed(values, smooth) if panel == "training" else values
                 axes.plot(steps, values, style, color=f"C{colour}", label=key if len(runs) == 1 else f"{name}: {key}",
-                          marker=None if panel == "training" else ".")
+                          marker="." if panel.startswith("validation") else None)
         axes.set(xlabel="step", title=panel, yscale="log" if log and panel == "training" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -92,7 +93,7 @@ def main(args):
     names = names if len(set(names)) == len(names) else args.runs
     runs = {name: read_run(run) for name, run in zip(names, args.runs, strict=True)}
     known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
-    keys = args.keys or [key for key in known if key.startswith(("loss/", "validation/"))]
+    keys = args.keys or [key for key in known if key.startswith(BY_DEFAULT)]
     if not keys or set(keys) - set(known):
         raise ValueError(f"--keys {' '.join(sorted(set(keys) - set(known)))}: these runs have "
                          f"{', '.join(known) or 'no reports yet'}")

@@ -486,7 +486,7 @@ def test_images_stored_as_bytes_load_and_bad_cells_are_listed(tmp_path, monkeypa
     cells = [{"bytes": good, "path": None}, {"bytes": b"text", "path": None}, None]
     features = datasets.Features({"image": datasets.Image()})
     table = datasets.Dataset.from_dict({"image": cells}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, cache_dir: table)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, cache_dir, streaming: table)
     dataset = DegDataset(hub_records("some/name"), keep, resolution=40)
     assert len(dataset) == 1 and dataset[0]["target"].shape == (3, 40, 40)
     assert [path for path, _ in dataset.unreadable] == ["some/name[1]", "some/name[2]"]
@@ -775,7 +775,7 @@ def test_the_configuration_name_reaches_datasets(monkeypatch):
 
     seen = SimpleNamespace()
 
-    def load(name, config, split, cache_dir):
+    def load(name, config, split, cache_dir, streaming):
         seen.call = (name, config, split, cache_dir)
         raise FileNotFoundError("stop")
 

@@ -402,6 +402,22 @@ def test_every_level_gives_what_its_name_says(level):
     assert replace(plan, parts=None) == expected
 
 
+@pytest.mark.parametrize("shards", [2, 8])
+def test_a_split_transformer_needs_its_part_two_blocks_and_what_is_no_block(shards, kontext):
+    plan = memory.choose(kontext, 48 * GIB, fixed={"shards": shards})
+    total, rest, block, _ = memory.transformer_bytes(kontext, "bf16", plan.adaln_tables)
+    assert plan.parts["transformer"] == total // shards + rest + memory.BLOCKS_IN_USE * block < total
+    assert f"transformer split over {shards} GPUs" in plan.in_words()
+    assert (plan.checkpointing == "none") == (shards == 8)  # what the others hold makes room for all activations
+
+
+def test_a_split_transformer_is_neither_quantised_nor_in_host_memory(kontext):
+    assert all(plan.base_precision == "bf16" and not plan.offload_blocks
+               for plan in memory.candidates("auto", fixed={"shards": 4}))
+    with pytest.raises(ValueError, match="--memory int8 does not go with other flags, which demand shards 4"):
+        memory.choose(kontext, 48 * GIB, "int8", fixed={"shards": 4})
+
+
 def test_without_tables_none_are_chosen(kontext):
     plan = memory.choose(kontext, 24 * GIB, tables_possible=False)
     assert not plan.adaln_tables and plan.base_precision == "int8"
@@ -489,7 +505,7 @@ def test_every_flag_that_takes_memory_reaches_the_planner(tiny_model, vgg_file, 
 
     def job(train_text_encoder=False, **flags):
         args = arguments(model=tiny_model)
-        vars(args).update(flags)
+        vars(args).update(flags, shards=1)
         placement.plan(args, torch.device("cpu"), torch.bfloat16, SIZES, ["p"], train_text_encoder)
         return jobs.pop()
 

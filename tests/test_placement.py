@@ -31,7 +31,7 @@ def train(tiny_model, photos, tmp_path):
 def bf16(monkeypatch):
     """A CPU that trains in bf16, as a GPU would."""
     make = run.make_accelerator
-    monkeypatch.setattr(run, "make_accelerator", lambda args: (make(args)[0], torch.bfloat16))
+    monkeypatch.setattr(run, "make_accelerator", lambda args, **more: (make(args, **more)[0], torch.bfloat16))
 
 
 def same(a, b, atol):

@@ -65,6 +65,24 @@ def test_losses_and_validation_have_panels_of_their_own_with_every_run(runs):
         assert [panel.get_yscale() for panel in axes] == ["log" if log else "linear", "linear"]
 
 
+def test_seconds_have_a_panel_and_only_what_was_asked_for_is_drawn_beside_the_defaults(tmp_path, monkeypatch):
+    for step in (1, 2):
+        log_metrics(OneProcess(), tmp_path, {"train/loss": 1.0, "lr": 1e-4, "seconds_per_step": 0.5 * step,
+                                             "data_seconds_per_step": 0.1, "memory_gib": 2.5}, step)
+    drawn = []
+    draw = plot_loss.draw
+    monkeypatch.setattr(plot_loss, "draw", lambda *rest: drawn.append(draw(*rest)) or drawn[-1])
+    flags = ["--runs", str(tmp_path), "--output", str(tmp_path / "curves.png"), "--smooth", "2", "--log"]
+    plot_loss.main(plot_loss.parse_args(flags))
+    panels = curves(drawn[0])
+    assert list(panels) == ["training", "seconds"] and panels["training"].keys() == {"train/loss"}
+    assert panels["seconds"].keys() == {"seconds_per_step", "data_seconds_per_step"}
+    np.testing.assert_equal(panels["seconds"]["seconds_per_step"], [[1, 2], [0.5, 1]])  # not smoothed
+    plot_loss.main(plot_loss.parse_args([*flags, "--keys", "memory_gib", "lr"]))
+    assert {panel: list(lines) for panel, lines in curves(drawn[1]).items()} == {
+        "training": ["lr"], "memory, GiB": ["memory_gib"]}
+
+
 def test_the_command_writes_a_picture_of_the_asked_keys(runs, tmp_path, monkeypatch, capsys):
     asked = []
     draw = plot_loss.draw

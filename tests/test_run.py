@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils import parse, run, validation
+from scripts import lora_tool, plot_loss
+from utils import card, parse, restore, run, validation
 
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
              "piecewise_constant"]
@@ -389,3 +394,92 @@ def test_unreadable_files_are_listed_once_per_report(tmp_path):
     run.report_skipped(["a.png: truncated"], tmp_path, "left out")
     run.report_skipped(["b.png: empty"], tmp_path, "replaced")
     assert (tmp_path / "unreadable.txt").read_text() == "a.png: truncated\nb.png: empty\n"
+
+
+def test_a_reported_loss_is_the_mean_over_the_micro_steps_that_have_it(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, is_local_main_process=False, reduce=lambda value, how: value,
+                                  log=lambda values, step: None, device=torch.device("cpu"))
+    args = SimpleNamespace(output_dir=tmp_path, max_train_steps=4)
+    progress = run.Progress(accelerator, args, 0, prefix="train/", on_bar=("a",))
+    schedule = SimpleNamespace(get_last_lr=lambda: [0.1])
+    progress.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
+    progress.add({"a": torch.tensor(3.0)})
+    progress.step()
+    progress.report(accelerator, 1, torch.tensor(2.0), schedule)
+    progress.add({"a": torch.tensor(5.0)})
+    progress.step()
+    progress.report(accelerator, 2, torch.tensor(2.0), schedule)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{name: line[name] for name in line if "train/" in name} for line in lines] == [
+        {"train/a": 2.0, "train/b": 4.0}, {"train/a": 5.0}]
+    assert lines[0]["gradient_norm"] == 2.0 and lines[0]["lr"] == 0.1
+
+
+def test_the_bar_and_the_log_tell_the_memory(tmp_path, monkeypatch, capsys):
+    accelerator = SimpleNamespace(is_main_process=True, is_local_main_process=True, reduce=lambda value, how: value,
+                                  log=lambda values, step: None, device=torch.device("cpu"))
+    progress = run.Progress(accelerator, SimpleNamespace(output_dir=tmp_path, max_train_steps=8), 2)
+    used = run.memory_gib(accelerator.device)
+    kept = torch.ones(2**26)  # a quarter of a GiB
+    assert 0.05 < used < 64 and run.memory_gib(kept.device) - used == pytest.approx(0.25, abs=0.05)
+    monkeypatch.setattr(run, "memory_gib", lambda device: 1.2345)
+    progress.add({"flow": torch.tensor(0.5)})
+    progress.step()
+    progress.report(accelerator, 3, torch.tensor(2.0), SimpleNamespace(get_last_lr=lambda: [0.1]))
+    progress.bar.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["memory_gib"] == 1.2345
+    bar = capsys.readouterr().err
+    assert "3/8 [" in bar and "flow=0.5000, memory=1.2 GiB" in bar
+    assert re.search(r"<[\d:]+, +[\d.]+(step/s|s/step)", bar)  # ETA and rate
+
+
+def test_memory_on_a_gpu_is_what_the_allocator_had_at_most(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**29)
+    assert run.memory_gib(torch.device("cuda", 0)) == 1.5
+
+
+# --- the summary in the end
+
+
+def summary(capsys, folder, settings, **changes):
+    """{name: text} of what print_summary says of the run in `folder`."""
+    args = SimpleNamespace(**{"output_dir": str(folder), "max_train_steps": 7, "use_dora": False} | changes)
+    run.print_summary(args, folder / run.LORA_FILE, settings, card.restore_command("a model", str(folder)))
+    lines = capsys.readouterr().out.replace("\\\n", "").splitlines()
+    assert lines[1] == "Finished after 7 steps:" and "To use it:" in lines
+    return {line[2:15].strip(): line[15:] for line in lines if line.startswith("  ")}
+
+
+def test_every_place_of_the_summary_is_there_and_every_command_runs(tiny_lora, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "my lora"
+    shutil.copytree(tiny_lora, folder)
+    for name in ("README.md", "args.json", "validation/step-000000.png", "validation/step-000007.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss/flow": 0.5}\n')
+    settings = restore.STOCK_SETTINGS | {"start_noise": [0.5, 0.5]}
+    told = summary(capsys, folder, settings)
+    assert [told[name] for name in ("LoRA", "model card", "options")] == [
+        str(folder / name) for name in (run.LORA_FILE, "README.md", "args.json")]
+    assert Path(told["LoRA"]).is_file() and "checkpoints" not in told
+    assert told["validation"] == f"{folder / 'validation' / 'step-000000.png'} ... step-000007.png"
+    assert "start at pure noise, this LoRA at 0.5" in told["diffusers"]
+
+    words = shlex.split(told["here"])
+    assert words[:2] == ["python", "test_deg_lora_flux_kontext.py"]
+    assert words[2:] == ["--pretrained_model_name_or_path", "a model", "--lora", str(folder), "--input", "photo.jpg",
+                         "--output", "restored"]
+    for name, module, main in (("curves", "scripts.plot_loss", lambda: plot_loss.main(plot_loss.parse_args())),
+                               ("ComfyUI", "scripts.lora_tool", lora_tool.main)):
+        words = shlex.split(told[name].partition(", for")[0])
+        assert words[:3] == ["python", "-m", module]
+        monkeypatch.setattr("sys.argv", words[2:])
+        assert not main()
+    assert (folder / "curves.png").is_file() and (folder / "comfyui.safetensors").is_file()
+
+
+def test_the_summary_loads_a_stock_lora_in_diffusers_and_gives_a_dora_to_no_other_program(tmp_path, capsys):
+    told = summary(capsys, tmp_path, restore.STOCK_SETTINGS)
+    assert told["diffusers"] == f"pipe.load_lora_weights({str(tmp_path)!r})" and "validation" not in told
+    told = summary(capsys, tmp_path, restore.STOCK_SETTINGS, use_dora=True)
+    assert "scripts.lora_tool merge" in told["ComfyUI"]

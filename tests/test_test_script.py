@@ -488,6 +488,18 @@ def test_no_output_replaces_an_input_or_another_output(call, tmp_path):
     refused(call("--input", folder / "b.png", output=folder / "b.png"), "is a file")
 
 
+def test_a_restorer_gives_from_python_what_the_script_writes(call, tiny_model, tiny_lora, tmp_path):
+    path = write(tmp_path / "in" / "a.png")
+    assert call("--lora", tiny_lora, "--input", path, "--color_fix", "adain", "--seed", 3)[0] == 0
+    restored = session.Restorer(tiny_model, tiny_lora, max_sequence_length=16, num_inference_steps=2, seed=3,
+                                color_fix="adain")
+    assert np.array_equal(np.asarray(restored(Image.open(path))), read(tmp_path / "out" / "a.png"))
+    with pytest.raises(ValueError, match="sed is no option"):
+        session.Restorer(tiny_model, tiny_lora, sed=1)
+    with pytest.raises(ValueError, match="--fidelity 2"):
+        session.Restorer(tiny_model, tiny_lora, fidelity=2)
+
+
 def test_outputs_inside_the_input_folder_are_not_restored_again(call, tmp_path):
     write(tmp_path / "a.png")
     for expected in ("1 restored, 0 already", "0 restored, 1 already"):

@@ -1,22 +1,22 @@
 """The model card beside a trained LoRA, and its upload."""
 
 import json
+import shlex
 from pathlib import Path
 
 KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md"
 
 
 def write_model_card(args, settings, images):
-    """Write output_dir/README.md of a restoration LoRA."""
+    """Write output_dir/README.md of a restoration LoRA. images: how many, or in words what they were."""
     damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
     damage = "on stored pairs" if args.lr_root else damage
     model = f"/path/to/{folder_name(args.base_model_id)}"
     write_card(
         args, settings, f"Restoration LoRA for {args.base_model_id}",
-        f"Restores photographs; trained on {images} images for {args.max_train_steps} steps, seed {args.seed}, "
-        f"{damage}.",
-        f"""python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path {model} \\
-    --lora {Path(args.output_dir).name} --input photo.jpg --output restored""",
+        f"Restores photographs; trained on {images}{' images' * isinstance(images, int)} for {args.max_train_steps} "
+        f"steps, seed {args.seed}, {damage}.",
+        restore_command(model, Path(args.output_dir).name),
         "Means over held-out images; psnr_vae: the autoencoder's round trip, the ceiling.",
         "image-to-image", ["image-restoration"])
 
@@ -24,18 +24,29 @@ def write_model_card(args, settings, images):
 def write_dreambooth_card(args, settings, images):
     """Write output_dir/README.md of a subject or edit LoRA."""
     is_edit = settings["references"] > 0
-    image = " --image photo.jpg" if is_edit else ""
     model = f"/path/to/{folder_name(args.base_model_id)}"
     write_card(
         args, settings, f"{'Edit' if is_edit else 'Subject'} LoRA for {args.base_model_id}",
         f"Trained on {images} images {'with their references ' * is_edit}for {args.max_train_steps} steps, seed "
         f"{args.seed}.",
-        f"""python -m scripts.test_kontext_withlora --pretrained_model_name_or_path {model} \\
-    --lora {Path(args.output_dir).name}{image} --prompt "{settings['prompt']}" --output generated""",
+        generate_command(model, Path(args.output_dir).name, settings),
         "Means over held-out images; psnr_input: doing nothing; psnr_vae: the autoencoder's ceiling." if is_edit else
         "nearest_instance: distance of generated images to the nearest training image, as thumbnails, in 8-bit levels; "
         "step 0 is the base model.",
         "image-to-image" if is_edit else "text-to-image", ["image-editing" if is_edit else "dreambooth"])
+
+
+def restore_command(model, lora):
+    """Shell command that restores with the LoRA."""
+    return f"""python test_deg_lora_flux_kontext.py --pretrained_model_name_or_path {shlex.quote(model)} \\
+    --lora {shlex.quote(lora)} --input photo.jpg --output restored"""
+
+
+def generate_command(model, lora, settings):
+    """Shell command that generates, or edits, with the LoRA."""
+    image = " --image photo.jpg" if settings["references"] else ""
+    return f"""python -m scripts.test_kontext_withlora --pretrained_model_name_or_path {shlex.quote(model)} \\
+    --lora {shlex.quote(lora)}{image} --prompt {shlex.quote(settings["prompt"])} --output generated"""
 
 
 def write_card(args, settings, title, about, command, about_scores, pipeline_tag, tags):

@@ -116,7 +116,8 @@ class Job:
 class Plan:
     """Settings of a run, and their predicted memory. checkpointing: none,
     selective, full. base_precision: bf16 (as loaded), int8, fp8, nf4. resident_blocks: that stay on the GPU with
-    offload_blocks. parts: {name: bytes} that add up to the peak; None on a CPU, where nothing is predicted."""
+    offload_blocks. shards: processes that split the frozen transformer between them (utils/sharding.py). parts: {name:
+    bytes} that add up to the peak; None on a CPU, where nothing is predicted."""
 
     checkpointing: str = "none"
     base_precision: str = "bf16"
@@ -124,6 +125,7 @@ class Plan:
     offload_blocks: bool = False
     resident_blocks: int = 0
     offload_activations: bool = False
+    shards: int = 1
     parts: dict | None = None
 
     @property
@@ -135,6 +137,7 @@ class Plan:
         words += ["AdaLN tables"] * self.adaln_tables + ["checkpoints in host memory"] * self.offload_activations
         but = f" but for {self.resident_blocks}" if self.resident_blocks else ""
         words += [f"blocks in host memory{but}"] * self.offload_blocks
+        words += [f"transformer split over {self.shards} GPUs"] * (self.shards > 1)
         return ", ".join(words)
 
 
@@ -410,7 +413,8 @@ def predict(job, plan):
     width = job.config["num_attention_heads"] * job.config["attention_head_dim"]
     present = rest + (BLOCKS_IN_USE + plan.resident_blocks) * block
     return {
-        "transformer": min(total, present) if plan.offload_blocks else total,
+        "transformer": (total // plan.shards + present if plan.shards > 1 else
+                        min(total, present) if plan.offload_blocks else total),
         "VAE": vae_weights,
         "CLIP with what its graph keeps": clip_bytes(job) if job.clip_config else 0,
         "weights of the perceptual loss": sum(weight.nbytes for weight in job.perceptual.state_dict().values())
@@ -454,6 +458,9 @@ def candidates(level, tables_possible=True, fixed=None):
         plans = travelling
     if level in ("auto", "lossless"):
         plans += travelling
+    if (shards := (fixed or {}).get("shards", 1)) > 1:  # FSDP2 has the blocks' weights in its hands, in bf16
+        plans = [replace(plan, shards=shards) for plan in plans
+                 if plan.base_precision == "bf16" and not plan.offload_blocks]
     return [plan for plan in plans if all(getattr(plan, name) == value for name, value in (fixed or {}).items())]
 
 

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from utils import adaln, flux, memory, offload, quantise, speed
+from utils import adaln, flux, memory, offload, quantise, sharding, speed
 from utils.checkpointing import enable_checkpointing
 
 
@@ -13,6 +13,7 @@ def add_placement_args(parser):
     memory.add_memory_args(parser)
     quantise.add_quantisation_args(parser)
     speed.add_speed_args(parser)
+    parser.set_defaults(shards=1)  # run.make_accelerator may find that more are asked for
     parser.add_argument("--adaln_tables", action=argparse.BooleanOptionalAction, default=None,
                         help="look up what modulates the norms instead of computing it: a quarter of FLUX's weights "
                         "leave the GPU; one prompt, bf16; default: where --memory needs it")
@@ -37,6 +38,8 @@ def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_p
         fixed["base_precision"] = "nf4" if args.bnb_options.get("load_in_4bit") else "int8"
     elif args.base_precision:
         fixed["base_precision"] = args.base_precision
+    if args.shards > 1:
+        fixed["shards"] = args.shards
     if args.adaln_tables is not None:
         fixed["adaln_tables"] = args.adaln_tables
     return memory.plan_run(args, device, dtype, sizes, tables_possible=reason is None, fixed=fixed,
@@ -48,7 +51,7 @@ def load(path, args, plan, device, dtype, settings, pooled, **where):
     """flux.load_models as `plan` says. pooled: (1, P), the one prompt's CLIP state, for AdaLN tables."""
     tables = (adaln.every_sigma(settings), args.guidance_scale, pooled) if plan.adaln_tables else None
     return flux.load_models(path, device, dtype, tables=tables, **precision(args, plan), **where,
-                            transformer_device="cpu" if plan.offload_blocks else None)
+                            transformer_device="cpu" if plan.offload_blocks or plan.shards > 1 else None)
 
 
 def precision(args, plan):
@@ -61,9 +64,11 @@ def precision(args, plan):
 
 
 def prepare(transformer, args, plan, tokens, device, dtype):
-    """With the LoRA attached: move blocks out, set checkpointing and the attention kernel, compile. tokens: of the
-    longest sequence of one image."""
+    """With the LoRA attached: split the frozen weights or move blocks out, set checkpointing and the attention kernel,
+    compile. tokens: of the longest sequence of one image."""
     offload.ignore_frozen(transformer)
+    if plan.shards > 1:
+        sharding.shard_frozen(transformer, device)
     if plan.offload_blocks:
         offload.BlockOffload(transformer, device, plan.resident_blocks)
     enable_checkpointing(transformer, "offload" if plan.offload_activations else plan.checkpointing)

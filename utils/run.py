@@ -7,18 +7,21 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
-from utils import checkpoint
+from utils import checkpoint, sharding
 from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
 from utils.parse import check_least, public_args, writable_folder, write_json
+from utils.restore import choose_start_noise
 
 logger = logging.getLogger("kontext")
 
@@ -45,6 +48,8 @@ def add_training_args(parser):
     group.add_argument("--logging_dir", default="logs", help="tracker files, below --output_dir")
     group.add_argument("--report_to", default="tensorboard", help="any Accelerate tracker, 'all' or 'none'; "
                        "metrics.jsonl is always written")
+    group.add_argument("--dry_run", action="store_true", help="check flags and data, say what would be trained, and "
+                       "stop before any model loads")
     group.add_argument("--push_to_hub", action="store_true", help="upload the finished LoRA and its card")
     group.add_argument("--hub_model_id", help="repository to upload to; default: the output folder's name")
     group.add_argument("--hub_token", help="token for --push_to_hub; better: `hf auth login`")
@@ -165,13 +170,17 @@ def check_output_dir(args):
                          "another folder")
 
 
-def make_accelerator(args):
+def make_accelerator(args, can_shard=False):
     """(Accelerator of this run, dtype of the frozen models). bf16 under --mixed_precision bf16, else fp32; always fp32
     on a CPU, where bf16 is emulated and slow. No autocast: what is bf16 is so explicitly, the LoRA's masters are fp32
-    (lora.compute_in_input_dtype)."""
+    (lora.compute_in_input_dtype).
+
+    can_shard: the script lets utils/placement.py split the frozen transformer where the config of `accelerate launch`
+    asks for that; args.shards says over how many processes. ValueError for such a config without."""
     from accelerate import Accelerator
     from accelerate.utils import (
         DataLoaderConfiguration,
+        DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
         InitProcessGroupKwargs,
         ProjectConfiguration,
@@ -185,6 +194,10 @@ def make_accelerator(args):
     if precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ValueError("--mixed_precision bf16: this GPU has no bf16; use --mixed_precision no")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    is_sharded = sharding.take_over()
+    if is_sharded and not can_shard:
+        raise ValueError("accelerate's config splits the model (FSDP, ZeRO-3), and this script trains whole copies; "
+                         "use --config_file configs/accelerate/ddp.yaml")
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="no",
@@ -194,24 +207,60 @@ def make_accelerator(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),  # from pinned memory
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # validation on rank 0 takes its time
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # validation on rank 0 takes its time
+            # More than two processes: after its first step DDP would put the gradients into another order, in which
+            # they are summed, and a resumed run would differ from a straight one. DDP warns of what this costs, 7 % of
+            # the CPU time of a step of 57 tiny blocks.
+            DistributedDataParallelKwargs(find_unused_parameters=int(os.environ.get("WORLD_SIZE", "1")) > 2),
+        ],
     )
     level = logging.INFO if accelerator.is_local_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(level)
+    args.shards = accelerator.num_processes if is_sharded else 1
     return accelerator, torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def plan_steps(args, items, num_processes):
     """Set args.max_train_steps where --num_train_epochs states it; returns the steps between validations. An epoch has
-    ceil(items / global batch) steps. ValueError for fewer items than one step of all processes takes."""
+    ceil(items / global batch) steps. items: None where nobody knows them. ValueError for fewer items than one step of
+    all processes takes, or where steps follow from them and they are not known."""
     global_batch = args.train_batch_size * num_processes
+    if items is None:
+        if not (args.max_train_steps and args.validation_steps):
+            raise ValueError("--streaming: the number of images is not known; give --max_train_steps and "
+                             "--validation_steps")
+        return args.validation_steps
     if items < global_batch:
         raise ValueError(f"{items} usable images are fewer than --train_batch_size {args.train_batch_size} x "
                          f"{num_processes} processes; lower it or add images")
     steps_per_epoch = math.ceil(items / (global_batch * args.gradient_accumulation_steps))
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     return args.validation_steps or args.validation_epochs * steps_per_epoch
+
+
+def print_plan(accelerator, args, images, step, validation_steps, plan):
+    """What --dry_run says, and the end of the run. images: how many, or in words what they are. step: that is resumed
+    from. plan: memory.Plan."""
+    processes, machines = accelerator.num_processes, os.environ.get("GROUP_WORLD_SIZE", "1")
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * processes
+    epochs = f", {args.max_train_steps * global_batch / images:.2f} epochs" if isinstance(images, int) else ""
+    rows = {
+        "processes": f"{processes} on {machines} machine{'s' * (machines != '1')}, device {accelerator.device.type}",
+        "images": images,
+        "batch": f"{args.train_batch_size} images x {args.gradient_accumulation_steps} micro-steps x {processes} "
+                 f"processes = {global_batch} a step",
+        "steps": f"{args.max_train_steps}{epochs}" + f", resumed after step {step}" * bool(step),
+        "transformer": plan.in_words(),
+        "LoRA": f"rank {args.rank}, {args.optimizer} at {args.learning_rate:g}, {args.lr_scheduler}",
+        "checkpoints": f"every {args.checkpointing_steps} steps" if args.checkpointing_steps else "none",
+        "validation": f"every {validation_steps} steps, where there are images for it",
+        "output": args.output_dir,
+    }
+    if accelerator.is_main_process:
+        print("\n".join(["dry run, nothing is trained:", *(f"  {name:12} {text}" for name, text in rows.items())]))
+    accelerator.end_training()
 
 
 def start_run(accelerator, args, step, project):
@@ -350,7 +399,10 @@ def save_checkpoint(accelerator, args, step, identity, models, optimizer, lr_sch
 
 
 def report_validation(accelerator, output_dir, scores, grid, step):
-    """Scores {"validation/name": float} and the picture `grid`, to metrics.jsonl, the trackers and the terminal."""
+    """Scores {"validation/name": float} and the picture `grid`, to metrics.jsonl, the trackers and the terminal; on the
+    main process, whoever else has validated."""
+    if not accelerator.is_main_process:
+        return
     log_metrics(accelerator, output_dir, scores, step)
     log_image(accelerator, "validation", grid, step)
     numbers = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in scores.items())
@@ -388,18 +440,27 @@ def log_image(accelerator, name, path, step):
             tracker.log_images({name: np.asarray(Image.open(path))[None]}, step=step, **layout)
 
 
+def memory_gib(device):
+    """GiB that PyTorch had of the GPU at most since the start, without CUDA's own context; of a process on a CPU the
+    resident set as it is. Neither waits for the device."""
+    used = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / 2**30
+
+
 class Progress:
     """The progress bar, and what is reported of the steps since the last report. Every number read back waits for the
-    device, so losses are summed there, and a report comes only now and then."""
+    device, so losses are summed there, and a report comes only now and then. prefix: of the losses' names in the log.
+    on_bar: names of those that the bar shows; default all."""
 
-    def __init__(self, accelerator, args, step):
-        self.output_dir, self.accumulation = args.output_dir, args.gradient_accumulation_steps
+    def __init__(self, accelerator, args, step, prefix="loss/", on_bar=None):
+        self.output_dir, self.prefix, self.on_bar = args.output_dir, prefix, on_bar
         self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process,
-                        desc="training", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+                        desc="training", unit="step", dynamic_ncols=True,
+                        mininterval=0.1 if sys.stderr.isatty() else 10)
         self.restart()
 
     def restart(self):
-        self.summed, self.steps, self.skipped, self.waited = {}, 0, [], 0.0
+        self.summed, self.counts, self.steps, self.skipped, self.waited = {}, {}, 0, [], 0.0
         self.started = time.perf_counter()
 
     def next_batch(self, batches):
@@ -411,9 +472,11 @@ class Progress:
         return batch
 
     def add(self, losses):
-        """Losses of one micro-step, {name: scalar tensor}."""
+        """Losses of one micro-step, {name: scalar tensor}; every process has the same names in the same order. A loss
+        is averaged over the micro-steps that have it."""
         for name, value in losses.items():
-            self.summed[name] = self.summed.get(name, 0.0) + value.detach() / self.accumulation
+            self.summed[name] = self.summed.get(name, 0.0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def step(self):
         self.steps += 1
@@ -421,14 +484,17 @@ class Progress:
 
     def report(self, accelerator, step, gradient_norm, lr_scheduler):
         """Means over all ranks and the steps since the last report, to metrics.jsonl, trackers and the bar."""
-        means = {f"loss/{name}": accelerator.reduce(value / self.steps, "mean").item()
+        means = {name: accelerator.reduce(value / self.counts[name], "mean").item()
                  for name, value in self.summed.items()}
-        log_metrics(accelerator, self.output_dir, means | {
+        waited = accelerator.reduce(torch.tensor(self.waited, device=accelerator.device), "mean").item()
+        memory = memory_gib(accelerator.device)
+        log_metrics(accelerator, self.output_dir, {f"{self.prefix}{name}": value for name, value in means.items()} | {
             "gradient_norm": gradient_norm.item(), "lr": lr_scheduler.get_last_lr()[0],
             "seconds_per_step": (time.perf_counter() - self.started) / self.steps,
-            "data_seconds_per_step": self.waited / self.steps,
+            "data_seconds_per_step": waited / self.steps, "memory_gib": memory,
         }, step)
-        self.bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in self.on_bar or means}
+                             | {"memory": f"{memory:.1f} GiB"})
         report_skipped(self.skipped, self.output_dir, "replaced")
         self.restart()
 
@@ -464,6 +530,29 @@ def stopped(accelerator, progress, step, number):
     logger.warning(f"stopped by signal {number} after step {step}; go on with --resume_from_checkpoint latest")
     accelerator.end_training()
     return 128 + number
+
+
+def print_summary(args, lora_file, settings, command):
+    """Say where everything of a finished run is, and how its LoRA is used: by `command`, in diffusers, in ComfyUI."""
+    folder = Path(args.output_dir)
+    name = shlex.quote(str(folder))
+    places = {"LoRA": lora_file, "model card": folder / "README.md", "options": folder / "args.json",
+              "curves": f"python -m scripts.plot_loss --runs {name} --output {shlex.quote(str(folder / 'curves.png'))}"}
+    for what, found in (("validation", sorted(folder.glob("validation/step-*.png"))),
+                        ("checkpoints", [path for _, path in checkpoint.list_checkpoints(folder)])):
+        if found:
+            places[what] = found[0] if len(found) == 1 else f"{found[0]} ... {found[-1].name}"
+    in_diffusers = f"pipe.load_lora_weights({str(folder)!r})"
+    if (start_noise := choose_start_noise(settings)) < 1:
+        in_diffusers = (f"its pipelines start at pure noise, this LoRA at {start_noise:g} of it on the degraded image: "
+                        "take the command above")
+    in_comfyui = (f"python -m scripts.lora_tool convert {name} --to comfyui --output "
+                  f"{shlex.quote(str(folder / 'comfyui.safetensors'))}, for ComfyUI's models/loras")
+    if args.use_dora:
+        in_comfyui = "python -m scripts.lora_tool merge: a DoRA goes into a whole model only"
+    uses = {"here": command, "diffusers": in_diffusers, "ComfyUI": in_comfyui}
+    for heading, texts in ((f"\nFinished after {args.max_train_steps} steps:", places), ("To use it:", uses)):
+        print(heading, *(f"  {name:<12} {text}" for name, text in texts.items()), sep="\n", flush=True)
 
 
 class FiniteGuard:

@@ -10,7 +10,8 @@ import numpy as np
 
 from utils import alignment, metrics
 from utils.parse import write_json
-from utils.utils import image_grid
+from utils.report import item_name, picture, section, write_report
+from utils.utils import image_grid, to_pil
 
 ROWS = {
     "input": "input (degraded)",
@@ -93,15 +94,32 @@ def write_csv(path, scores):
         writer.writerows(scores)
 
 
+def compared(pictures, columns, labels):
+    """What a page compares of {item: {row: (image (3, H, W) in [-1, 1], {metric: value})}}, in the order of columns."""
+    return {item: [picture(labels.get(column, column), to_pil(shown[column][0]), caption(shown[column][1]))
+                   for column in columns] for item, shown in pictures.items()}
+
+
 def write_scores(folder, scores, report, pictures):
-    """Write scores.csv, a line per image, crop and row; metrics.json; and, if there are pictures, grid.png.
-    pictures: ({row or "target": image (3, H, W)}, {row: {metric: value}}) of each image to draw."""
+    """Write scores.csv, a line per image, crop and row; metrics.json; report.html; and grid.png, if there are pictures:
+    {item_name: {row or "target": (image (3, H, W) in [-1, 1], {metric: value})}}."""
     folder = Path(folder)
     write_csv(folder / "scores.csv", scores)
     write_json(folder / "metrics.json", report)
+    columns = [column for column in GRID_LABELS if column in next(iter(pictures.values()), {})]
     if pictures:
-        columns = [column for column in GRID_LABELS if column in pictures[0][0]]
-        image_grid([[images[column] for column in columns] for images, _ in pictures],
+        image_grid([[shown[column][0] for column in columns] for shown in pictures.values()],
                    [GRID_LABELS[column] for column in columns],
-                   [[caption(measured.get(column, {})) for column in columns] for _, measured in pictures],
+                   [[caption(shown[column][1]) for column in columns] for shown in pictures.values()],
                    ).save(folder / "grid.png")
+    run, best = report["run"], "lora" if "lora" in report["rows"] else None
+    columns.sort(key=lambda column: column not in ("input", best))  # these two are compared at first
+    scored = section("Scores", report["rows"], report["lora_minus"], best, scores,
+                     compared(pictures, columns, GRID_LABELS),
+                     {item_name(crop): crop["degradation"] for crop in report["degradations"]})
+    about = (f"{report['images']} images, {report['crops']} crops, {report['failed']} failed; steps {run['steps']}, "
+             f"start noise {run['sampled_start_noise']:g}, seed {report['arguments']['seed']}; mean "
+             f"[{report['interval']}]")
+    write_report(folder / "report.html", "Restoration, scored", about, [scored],
+                 {"What the numbers mean": report["definitions"] | {"lpips_net": report["lpips_net"]},
+                  "How it was made": run, "Options": report["arguments"], "Versions": report["versions"]})

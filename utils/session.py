@@ -6,9 +6,12 @@ import itertools
 import json
 import math
 import sys
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from utils import flow_matching as fm
@@ -18,7 +21,16 @@ from utils.color import COLOR_FIXES, color_fix
 from utils.generate import generate
 from utils.parse import check_least, public_args, write_json
 from utils.restore import SETTINGS_FILE, STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
-from utils.tiles import WHOLE, add_tile_args, check_tile_args, restore_tiled, tile_options, trained_side, within_memory
+from utils.tiles import (
+    WHOLE,
+    add_tile_args,
+    check_tile_args,
+    choose_tiling,
+    restore_tiled,
+    tile_options,
+    trained_side,
+    within_memory,
+)
 from utils.utils import image_grid, to_pil
 from utils.validation import default_steps
 
@@ -124,6 +136,14 @@ def choose_device(args):
         raise ValueError("--dtype bf16: this GPU has no bf16; use --dtype fp32")
     dtype = torch.float32 if device == "cpu" or args.dtype == "fp32" else torch.bfloat16
     return torch.device(device), dtype
+
+
+def start_processes(device):
+    """accelerate's PartialState: one process, or one of those that `torch.distributed.run` or `accelerate launch`
+    started, each with a GPU of its own. They meet again in gather_object, which waits for the slowest."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
 
 
 def choose_settings(args, defaults=STOCK_SETTINGS):
@@ -305,6 +325,32 @@ def describe_run(args, settings, steps, start_noise, dtype):
         "sampled_start_noise": start_noise, "tile": args.tile, "tile_overlap": args.tile_overlap,
         "token_shifts": args.token_shifts, "color_fix": args.color_fix,
     }
+
+
+class Restorer:
+    """Restores images from Python, as the test script does: Restorer(model, lora)(image) -> image, both PIL.
+
+    model: folder or hub id of a FluxKontextPipeline. lora: file or folder. options: those of add_restoration_args by
+    name, fidelity=1 for instance. ValueError naming what is wrong before anything loads."""
+
+    def __init__(self, model, lora=None, **options):
+        parser = argparse.ArgumentParser()
+        add_restoration_args(parser)
+        args = parser.parse_args(["--pretrained_model_name_or_path", str(model)])
+        if unknown := sorted(options.keys() - vars(args).keys()):
+            raise ValueError(f"{unknown[0]} is no option of a Restorer; choose from {', '.join(vars(args))}")
+        vars(args).update(options, lora=lora)
+        check_restoration_args(args)
+        device, dtype = choose_device(args)
+        settings, steps, start_noise = resolve_settings(args)
+        self.pipe, text = load_models(args, settings, device, dtype)
+        tiling = choose_tiling(args, settings, self.pipe.vae)
+        self.restore = partial(restore_image, text=text, settings=settings, steps=steps, seed=args.seed,
+                               start_noise=start_noise, tiling=tiling, color=args.color_fix)
+
+    def __call__(self, image):
+        control = pil_to_tensor(image.convert("RGB"))[None] / 127.5 - 1
+        return to_pil(self.restore(self.pipe, control)[0][0])
 
 
 @contextlib.contextmanager

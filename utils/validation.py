@@ -1,6 +1,7 @@
 """Validation while training: held-out images restored or edited with fixed seeds, scored, drawn; a loss at fixed
 sigmas, which moves with the model and not with the luck of the draw; how near generated images come to a subject."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -160,6 +161,8 @@ def validate_edits(pipe, items, texts, settings, steps, seed, grid_path, image_t
 
 
 def save_grid(rows, labels, captions, path):
-    """image_grid in a PNG file whose folder is made."""
+    """image_grid in a PNG file whose folder is made. Of several processes the first one writes it."""
+    if int(os.environ.get("RANK", "0")):
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image_grid(rows, labels, captions).save(path)

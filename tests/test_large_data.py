@@ -1,0 +1,300 @@
+"""Tar shards, read where they lie, and streams: what is read, in which order, and what is refused."""
+
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench import waiting
+from my_dataset import streaming
+from my_dataset.dataset_deg_bucket import make_loader
+from my_dataset.dataset_deg_paired import (
+    DegDataset,
+    add_data_args,
+    collate_fn,
+    dataset_from_args,
+    folder_records,
+    image_size,
+    read,
+)
+from my_dataset.degradations import make_degrader
+from my_dataset.streaming import BLOCK, LANES, StreamBatchSampler, add_stream_args
+from my_dataset.tar_shards import column_name, tar_records
+from tests.conftest import photograph
+from utils.parse import make_parser
+
+NOISE = make_degrader("noise")
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def crop(i):
+    return photograph(size=(256, 256))[4 * i : 4 * i + 40, 160 - 4 * i : 208 - 4 * i]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """(folder of 5 tars, {name of a photograph: its pixels}): 2, 3, 4, 5 and 6 photographs."""
+    folder, pixels = tmp_path_factory.mktemp("shards"), {}
+    for shard in range(5):
+        names = [f"photo_{len(pixels) + i:02}" for i in range(shard + 2)]
+        pixels |= {name: crop(len(pixels) + i) for i, name in enumerate(names)}
+        write_tar(folder / f"part-{shard}.tar", {f"{name}.png": png(pixels[name]) for name in names})
+    return folder, pixels
+
+
+def parse(*argv, output_dir="."):
+    parser = make_parser("test")
+    add_data_args(parser)
+    add_stream_args(parser)
+    args = parser.parse_args([str(word) for word in ("--resolution", 32, *argv)])
+    return args.__class__(**vars(args), output_dir=str(output_dir), train_batch_size=2, seed=3)
+
+
+def dataset(*argv, output_dir="."):
+    args = parse(*argv, output_dir=output_dir)
+    return dataset_from_args(args, NOISE, "restore", args.seed), args
+
+
+def order(stream, folder, batches, start=0, batch_size=2):
+    """[[(index, epoch), ...]] of a sampler's batches, with what each sample is called."""
+    sampler = StreamBatchSampler(stream, batch_size, 3, start, folder)
+    return [[(index, epoch, records[0].name) for index, epoch, records in batch]
+            for batch in itertools.islice(sampler, batches)]
+
+
+@pytest.mark.parametrize(("extension", "column"), [
+    ("jpg", "image"), ("JPG", "image"), ("clean.png", "clean"), ("degraded.webp", "degraded"), ("txt", "prompt"),
+    ("caption.txt", "caption"), ("json", "json"), ("cls", "cls"), ("clean", "clean")])
+def test_a_file_of_a_sample_is_named_by_what_follows_the_first_dot(extension, column):
+    assert column_name(extension) == column
+
+
+def test_images_in_tars_are_the_same_samples_as_in_a_folder(shards, tmp_path):
+    folder, pixels = shards
+    for name, image in pixels.items():
+        (tmp_path / f"{name}.png").write_bytes(png(image))
+    loose, (tarred, _) = DegDataset(folder_records(tmp_path), NOISE, 32, seed=3), dataset("--dataset_name", folder)
+    assert len(tarred) == len(loose) == len(pixels) == tarred.images
+    for i in (0, 7, 19):
+        one, other = loose[i, 2], tarred[i, 2]
+        assert torch.equal(one["target"], other["target"]) and torch.equal(one["control"], other["control"])
+        assert Path(one["path"]).stem == Path(other["path"]).name
+
+
+def test_pairs_and_prompts_in_tars_stay_together_whatever_their_order(tmp_path):
+    content = {f"dir/{i}.{name}": png(crop(i) // (1 + (name == "degraded.png"))) for i in (0, 1)
+               for name in ("clean.png", "degraded.png")} | {f"dir/{i}.txt": f"text {i}\n".encode() for i in (0, 1)}
+    write_tar(tmp_path / "a.tar", dict(reversed(content.items())))
+    records = {record.name: record for record in tar_records(tmp_path)}
+    assert sorted(records) == [f"{tmp_path}/a.tar/dir/{i}" for i in (0, 1)]
+    data, _ = dataset("--dataset_name", tmp_path, "--center_crop")
+    for i in range(2):
+        item = data[i]
+        assert item["prompt"] == f"text {Path(item['path']).name}" and data.is_paired
+        assert (item["control"] + 1).mean() == pytest.approx(float((item["target"] + 1).mean()) / 2, rel=0.02)
+
+
+def test_the_header_of_an_image_in_a_tar_is_read_without_the_rest_of_it(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    write_tar(tmp_path / "a.tar", {"x.png": png(noise)})
+    (record,) = tar_records(tmp_path)
+
+    places = []
+
+    def measure(file, max_pixels, name):
+        size = image_size(file, max_pixels, name)
+        places.append(file.tell())
+        return size
+
+    assert read(record.target, 10**6, "x", measure) == (512, 512)
+    assert record.target.size > 700_000 and places[0] < 70_000
+
+
+def test_a_damaged_image_in_a_tar_is_left_out_by_name_and_a_missing_half_too(tmp_path):
+    write_tar(tmp_path / "a.tar", {"good.clean.png": png(crop(0)), "good.degraded.png": png(crop(0)),
+                                   "text.clean.png": b"no image", "text.degraded.png": png(crop(1)),
+                                   "half.clean.png": png(crop(2))})
+    data, _ = dataset("--dataset_name", tmp_path)
+    assert len(data) == 1
+    reasons = {Path(path).name: reason for path, reason in data.unreadable}
+    assert reasons == {"text": "not an image", "half": "no degraded"}
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b" + bytes(600), b"short"])
+def test_a_tar_that_is_compressed_or_no_tar_is_refused_by_name(content, tmp_path):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: no sound tar without compression"):
+        dataset("--dataset_name", tmp_path)
+
+
+def test_an_archive_that_goes_away_while_training_makes_an_unreadable_image(shards, tmp_path):
+    write_tar(tmp_path / "a.tar", {"x.png": png(crop(0))})
+    data, _ = dataset("--dataset_name", tmp_path)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        data[0]
+
+
+# --- streams
+
+
+@pytest.fixture(scope="module")
+def stream(shards):
+    return dataset("--dataset_name", shards[0], "--streaming")[0].stream
+
+
+def test_a_streamed_sample_is_that_of_its_file_degraded_by_its_own_seed(shards, tmp_path):
+    folder, pixels = shards
+    data, args = dataset("--dataset_name", folder, "--streaming", "--center_crop", output_dir=tmp_path)
+    assert data.images is None and str(data.stream) == f"5 streamed shards of {folder}"
+    batch = next(iter(make_loader(data, collate_fn, args)))
+    loose = DegDataset([record for shard in range(5) for record in data.stream.records(shard)], NOISE, 32,
+                       crop="center", seed=3)
+    names = [record.name for record in loose.records]
+    for i, path in enumerate(batch["path"]):
+        assert torch.equal(batch["target"][i], loose[names.index(path)]["target"])
+        assert not torch.equal(batch["target"][i], batch["control"][i])
+        shard, row = (int(part.rstrip("]")) for part in path.split("[")[1:])
+        assert batch["index"][i] == (shard << 32) + row
+    assert batch["prompt"] == ["restore"] * 2 and len(set(batch["seed"])) == 2
+
+
+def test_every_epoch_of_a_stream_is_every_sample_once_in_another_order(stream, tmp_path):
+    seen = sum(order(stream, tmp_path, 120), [])
+    epochs = [[index for index, epoch, _ in seen if epoch == number] for number in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [(shard << 32) + i for shard in range(5) for i in range(shard + 2)]
+    assert epochs[0] != epochs[1]
+    assert all((shard, row) == (index >> 32, index & (2**32 - 1)) for index, _, name in seen
+               for shard, row in [[int(part.rstrip("]")) for part in name.split("[")[1:]]])
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("start", [1, 5, 33])
+def test_a_stream_goes_on_exactly_where_it_was_whether_its_shards_are_known_or_not(start, noted, stream, tmp_path):
+    straight = order(stream, tmp_path, 50)
+    assert len((tmp_path / "shard_lengths_0.txt").read_text().splitlines()) == 5
+    if not noted:
+        (tmp_path / "shard_lengths_0.txt").write_text("0 ")  # what a kill leaves
+    assert order(stream, tmp_path, 50 - start, start) == straight[start:]
+
+
+def test_shards_whose_length_is_known_are_not_read_again(stream, tmp_path, monkeypatch):
+    order(stream, tmp_path, 60)
+    opened, records = [], streaming.Stream.records
+    monkeypatch.setattr(streaming.Stream, "records", lambda self, shard: opened.append(shard) or records(self, shard))
+    order(stream, tmp_path, 1, start=56)  # of about 120 samples, the last ones
+    assert 1 <= len(opened) <= 4
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_read_the_batches_of_one_each_shard_in_one_place(processes, stream, tmp_path, monkeypatch):
+    whole = order(stream, tmp_path, 24)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    shards = []
+    for rank in range(processes):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = StreamBatchSampler(stream, 2, 3, 0, tmp_path)
+        assert sampler.lanes == LANES
+        batches = list(itertools.islice(sampler, 24))
+        for number, batch in enumerate(batches):
+            if number % processes == rank:
+                assert [(index, epoch, records[0].name) for index, epoch, records in batch] == whole[number]
+            else:
+                assert batch == [None, None]
+        shards.append({index >> 32 for batch in batches for key in batch if key for index, epoch, _ in [key]
+                       if epoch == 0})
+    assert sum(map(len, shards)) == len(set.union(*shards)) == 5
+
+
+def test_fewer_shards_than_processes_are_refused(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match="5 streamed shards of .* for 6 processes; store at least one shard for each"):
+        StreamBatchSampler(stream, 2, 3, 0, tmp_path)
+
+
+def test_a_block_of_a_shard_is_shuffled_and_kept_to_itself(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 3)
+    rows = [index & (2**32 - 1) for batch in order(stream, tmp_path, 40) for index, epoch, _ in batch
+            if epoch == 0 and index >> 32 == 4]
+    assert sorted(rows[:3]) == [0, 1, 2] and sorted(rows[3:]) == [3, 4, 5] and BLOCK > 3
+    assert rows != list(range(6))
+
+
+def test_a_streamed_image_that_cannot_be_decoded_is_replaced_by_the_next_and_named(tmp_path):
+    cut = png(crop(1))[:-600]
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {"a.png": png(crop(shard)), "b.png": cut, "c.png": png(crop(2 + shard))})
+    data, args = dataset("--dataset_name", tmp_path, "--streaming", output_dir=tmp_path)
+    batches = list(itertools.islice(iter(make_loader(data, collate_fn, args)), 6))
+    skipped = sum((sum(batch["skipped"], []) for batch in batches), [])
+    assert len(skipped) >= 2 and all("[1]: " in text for text in skipped)
+    assert not any(path.endswith("[1]") for batch in batches for path in batch["path"])
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--use_bucket_sampler"], "square; leave out --use_bucket_sampler"),
+    (["--caption_column", "prompt"], "leave out --caption_column"),
+    (["--image_column", "photo"], r"--image_column photo: .* has the columns image, __key__"),
+    (["--image_column", "__key__"], "__key__ is not an image column"),
+])
+def test_what_a_stream_cannot_do_is_refused_with_the_flag(more, message, shards):
+    with pytest.raises(ValueError, match=message):
+        dataset("--dataset_name", shards[0], "--streaming", *more)
+
+
+def test_parquet_shards_with_pairs_are_streamed_too(tmp_path):
+    for shard in range(2):
+        rows = [{"bytes": png(crop(2 * shard + i)), "path": None} for i in range(2)]
+        table = datasets.Dataset.from_dict({"clean": rows, "degraded": rows, "label": [0, 1]}).cast(datasets.Features(
+            {"clean": datasets.Image(), "degraded": datasets.Image(), "label": datasets.Value("int64")}))
+        table.to_parquet(tmp_path / f"{shard}.parquet")
+    data, args = dataset("--dataset_name", tmp_path, "--streaming", output_dir=tmp_path)
+    assert data.is_paired and data.stream.shards == 2
+    batch = next(iter(make_loader(data, collate_fn, args)))
+    assert torch.equal(batch["target"], batch["control"])  # degraded is the same image, and was not degraded again
+
+
+def test_the_share_of_waiting_is_a_mean_over_the_steps_after_the_first_ones(tmp_path, monkeypatch):
+    waiting.write_images(tmp_path)
+    args = SimpleNamespace(resolution=32, batch=1, steps=2)
+    data, _ = dataset("--dataset_name", tmp_path / "tars")
+    assert len(data) == len(list((tmp_path / "photos").iterdir())) >= waiting.SHARDS
+
+    def train(command, **options):
+        rows = [(9.0, 9.0)] * waiting.FIRST_STEPS + [(2.0, 0.1), (4.0, 0.3)]
+        names = ("seconds_per_step", "data_seconds_per_step")
+        lines = [json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows]
+        (Path(command[command.index("--output_dir") + 1]) / "metrics.jsonl").write_text("".join(lines))
+        assert command[command.index("--max_train_steps") + 1] == str(len(rows))
+
+    monkeypatch.setattr(waiting.subprocess, "run", train)
+    assert waiting.measure(args, 2, ["--dataset_name", "tars"], tmp_path) == pytest.approx((3.0, 0.2))
+
+
+def test_streaming_without_a_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--streaming reads --dataset_name"):
+        dataset("--hr_root", tmp_path, "--streaming")
