@@ -26,11 +26,13 @@ def crop_boxes(height, width, crop_px, count):
     return [(y, x, y + crop_px, x + crop_px) for y, x in corners[:count]]
 
 
-def load_pairs(record, index, degrade, seed=0, crop_px=0, crops=1, upscale_kernel="bicubic", max_pixels=MAX_PIXELS):
+def load_pairs(record, index, degrade, seed=0, crop_px=0, crops=1, upscale_kernel="bicubic", max_pixels=MAX_PIXELS,
+               margin_px=0):
     """[(target, control, degradation parameters)] of the crops of a Record; both (1, 3, H, W) in [-1, 1].
 
-    Crop i is degraded with the generator of (seed, epoch i, index). Stored partners have None for parameters, and at a
-    whole fraction of the size are enlarged. UnreadableImage, or ValueError when sizes do not fit."""
+    Crop i is degraded with the generator of (seed, epoch i, index), together with so much of what surrounds it as the
+    image has within margin_px: a wide blur carries that into the crop. Stored partners have None for parameters, and at
+    a whole fraction of the size are enlarged. UnreadableImage, or ValueError when sizes do not fit."""
     if record.fault:
         raise UnreadableImage(record.name, record.fault)
     target = load_rgb(record.target, max_pixels)
@@ -38,7 +40,12 @@ def load_pairs(record, index, degrade, seed=0, crop_px=0, crops=1, upscale_kerne
     boxes = crop_boxes(height, width, crop_px, crops)
     targets = [target[top:bottom, left:right] for top, left, bottom, right in boxes]
     if record.control is None:
-        degraded = [degrade(crop, item_rng(seed, i, index, DEGRADATION_STREAM)) for i, crop in enumerate(targets)]
+        degraded = []
+        for i, (top, left, bottom, right) in enumerate(boxes):
+            y, x = max(top - margin_px, 0), max(left - margin_px, 0)
+            wide, params = degrade(target[y : bottom + margin_px, x : right + margin_px],
+                                   item_rng(seed, i, index, DEGRADATION_STREAM))
+            degraded.append((wide[top - y : bottom - y, left - x : right - x], params))
     else:
         control = load_rgb(record.control, max_pixels)
         if not enlargement(control.shape[:2], (height, width)):

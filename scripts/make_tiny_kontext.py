@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from my_dataset import degradations
 from my_dataset.images import list_images, load_rgb
 from scripts import tiny_codec
 from scripts.tiny_codec import LATENT_PX, LATENTS
-from utils import flux, metrics
+from utils import checkpoint, flux, metrics
 from utils.flow_matching import column, resolution_mu, shift_position
 from utils.parse import make_parser, run_main, writable_folder
 
@@ -506,17 +505,14 @@ def measure(pipe):
 def export(pipe, folder, card):
     """Write the pipeline folder and its model card in one rename. fp16 weights; the text encoders stay fp32, because
     transformers loads a model in the type of its file."""
-    folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new.tmp", ".old.tmp"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipe.vae.half()
-    pipe.transformer.half()
-    pipe.save_pretrained(temporary, safe_serialization=True)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    def write(path):
+        pipe.save_pretrained(path, safe_serialization=True)
+        (path / "README.md").write_text(card, encoding="utf-8")
+
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and not name.startswith("text_encoder"):
+            part.half()
+    checkpoint.write_folder(folder, write)
 
 
 def load_trained(model, path, codec=None):

@@ -449,6 +449,21 @@ def test_stored_items_are_the_files_with_the_ranges_of_a_controlnet(stored):
         assert item["prompt"] == f"a clear, sharp image, {row['blur_type']} removed, high quality, detailed"
 
 
+def test_crop_zoom_cuts_pairs_out_of_stored_images_without_scaling_them(folder, tmp_path):
+    big = make(folder, tmp_path / "big", "--image_size", 48, samples=3)
+    dataset, seen = from_flags("--data_root", big, "--image_size", 16, "--crop_zoom", 3), set()
+    for index, row in enumerate(rows(big)):
+        clear, blurred = (to_tensor(load_rgb(big / f"{kind}_images" / row[f"{kind}_image"]))
+                          for kind in ("clear", "blur"))
+        for epoch in range(3):
+            item = dataset[index, epoch]
+            y, x = next(place for place in itertools.product(range(33), repeat=2) if torch.equal(
+                item["target"], clear[:, place[0] : place[0] + 16, place[1] : place[1] + 16]))
+            torch.testing.assert_close(item["control"] * 2 - 1, blurred[:, y : y + 16, x : x + 16])
+            seen.add((index, y, x))
+    assert len(seen) == 9
+
+
 def test_augmented_prompts_describe_the_blur():
     assert deblur.prompts(True)["defocus_blur"] == ("a defocus blur removed, in focus and sharp image, high quality, "
                                                     "detailed, professional photography")
@@ -611,6 +626,7 @@ def test_the_options_reach_the_dataset(folder, stored):
     (("--source_dir", ".", "--max_pixels", 0), "--max_pixels 0"),
     (("--source_dir", ".", "--type_weights", "fog:1"), "--type_weights"),
     (("--source_dir", "{folder}", "--proportion_empty_prompts", 2), "--proportion_empty_prompts"),
+    (("--source_dir", "{folder}", "--crop_zoom", "0.5"), "--crop_zoom"),
 ])
 def test_bad_data_options_name_their_flag(folder, flags, message):
     with pytest.raises(ValueError, match=message):

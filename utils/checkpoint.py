@@ -102,6 +102,27 @@ def save(output_dir, step, state, identity, write_lora, limit=None):
     return folder
 
 
+def write_folder(folder, write):
+    """Let write(path) fill an empty folder, which then appears as `folder` in one rename; returns it. One that stands
+    there is first moved aside. On a failed write it stays, and ValueError says so."""
+    folder = Path(folder)
+    scratch, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        write(scratch)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise ValueError(f"{folder} could not be written ({error}); what was there is intact. Free disk space, then "
+                         "run again") from error
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
 def list_checkpoints(output_dir):
     """[(step, path)] of finished checkpoints (with a manifest), oldest first."""
     found = []

@@ -144,14 +144,15 @@ class DeblurDataset(DegDataset):
     source: the list of `read_pairs`, or a folder of sharp images (or its Records) together with `blur`, a
     `random_blur(weights=...)` applied to the crop. use_augmentation: mirrors half of the pairs and multiplies half of
     them by U(0.8, 1.2), clipped, target and control always alike; prompts get their augmented wording.
-    proportion_empty_prompts: share of the items whose prompt is left empty. Images smaller than S are left out and
-    listed in `unreadable`, unless upscale_small."""
+    proportion_empty_prompts: share of the items whose prompt is left empty. crop_zoom: as for DegDataset; a stored blur
+    is as many times wider in the crop. Images smaller than S are left out and listed in `unreadable`, unless
+    upscale_small."""
 
     def __init__(self, source, image_size=512, blur=None, use_augmentation=False, proportion_empty_prompts=0.0,
-                 crop="random", seed=0, upscale_small=False, max_pixels=MAX_PIXELS):
+                 crop="random", seed=0, upscale_small=False, max_pixels=MAX_PIXELS, crop_zoom=(1.0, 1.0)):
         self.image_size, self.upscale_small = image_size, upscale_small  # read while the headers are checked
         super().__init__(source, blur, image_size, crop=crop, random_flip=use_augmentation, seed=seed,
-                         max_pixels=max_pixels)
+                         max_pixels=max_pixels, crop_zoom=crop_zoom)
         self.prompts = prompts(use_augmentation)
         self.use_augmentation = use_augmentation
         self.proportion_empty_prompts = proportion_empty_prompts
@@ -200,6 +201,8 @@ def add_data_args(parser):
         "anew in every epoch")
     add("--json_file", default=JSON_FILE, help="in --data_root, which lists the pairs, one JSON object a line")
     add("--use_augmentation", action="store_true", help="mirror pairs and change their brightness")
+    add("--crop_zoom", default="1", help="crop from an image this many times larger than the crop needs, a value or "
+        "lo-hi; stored blurs keep their width where it is the ratio of the image's to --image_size")
     add("--proportion_empty_prompts", default="0", help="share of the samples whose prompt is left empty")
 
 
@@ -214,4 +217,5 @@ def dataset_from_args(args, seed=0):
         read_pairs(args.data_root, args.json_file) if args.data_root else args.source_dir, args.image_size,
         None if args.data_root else partial(random_blur, weights=weights, linear_light=args.linear_light),
         args.use_augmentation, parse_probability(args.proportion_empty_prompts, "--proportion_empty_prompts"),
-        seed=seed, upscale_small=args.upscale_small, max_pixels=args.max_pixels)
+        seed=seed, upscale_small=args.upscale_small, max_pixels=args.max_pixels,
+        crop_zoom=parse_range(args.crop_zoom, "--crop_zoom", 1))
