@@ -18,6 +18,7 @@ from utils import flux, lora, memory
 from utils.checkpointing import CHECKPOINTING, enable_checkpointing
 from utils.parse import check_least, run_main, write_json
 
+FREE_GIB = (7.6, 11.6, 15.6, 23.5, 31.4, 47.4, 79.1)  # of cards of 8 to 80 GB
 GROUPS = ("AdaLN", "double blocks, attention", "double blocks, feed-forward", "single blocks, attention",
           "single blocks, feed-forward", "embedders, proj_out")
 
@@ -152,7 +153,8 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", help="as --lora_layers of the training scripts")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
-    parser.add_argument("--plans", action="store_true", help="instead: the peak GiB that utils/memory.py predicts")
+    parser.add_argument("--plans", action="store_true", help="instead: the peak GiB that utils/memory.py predicts, and "
+                        "what it chooses for cards of 8 to 80 GB")
     parser.add_argument("--output", help="JSON file for the integers")
     args = parser.parse_args()
     check_least(args, resolution=16, batch=1, text_tokens=1, rank=1)
@@ -165,6 +167,10 @@ def main():
               "| settings | GiB |\n|---|---|")
         for plan in dict.fromkeys(plan for level in memory.LEVELS for plan in memory.candidates(level)):
             print(f"| {plan.in_words()} | {sum(memory.predict(job, plan).values()) / memory.GIB:.2f} |")
+        print("\n| GiB free on the card | --memory auto takes | GiB |\n|---|---|---|")
+        for free in FREE_GIB:
+            plan = memory.choose(job, int(free * memory.GIB))
+            print(f"| {free} | {plan.in_words()} | {plan.total / memory.GIB:.1f} |")
         return
     counts = account(job, args.checkpointing)
     print(f"| {Path(args.model).name if args.model else 'FLUX.1-Kontext-dev'}, {args.resolution} px, reference "

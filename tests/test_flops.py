@@ -141,9 +141,13 @@ def test_the_plans_are_predicted_and_say_so(tiny_model, monkeypatch, capsys):
         run_main(flops.main)
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and lines[0].startswith("Predicted, not measured")
-    rows = dict(line.strip("| ").split(" | ") for line in lines[4:])
+    plans, cards = lines[4 : lines.index("", 2)], lines[lines.index("", 2) + 3 :]
+    rows = dict(line.strip("| ").split(" | ") for line in plans)
     assert float(rows["full checkpointing, nf4 weights"]) <= float(rows["no checkpointing, bf16 weights"])
-    assert len(rows) == len(lines[4:]) == len({plan for level in memory.LEVELS for plan in memory.candidates(level)})
+    assert len(rows) == len(plans) == len({plan for level in memory.LEVELS for plan in memory.candidates(level)})
+    chosen = [line.strip("| ").split(" | ") for line in cards]
+    assert [float(free) for free, _, _ in chosen] == list(flops.FREE_GIB)
+    assert all(words in rows for _, words, _ in chosen)
 
 
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 4), (torch.bfloat16, 6)])
