@@ -17,6 +17,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from scripts.download_dataset import copy_sample
 from utils.parse import PROJECT_ROOT, check_least, run_main
 
 COPIES, SHARDS, FIRST_STEPS = 16, 4, 5
@@ -28,7 +29,8 @@ def write_images(folder):
     photos, tars = folder / "photos", folder / "tars"
     photos.mkdir()
     tars.mkdir()
-    for file in sorted((PROJECT_ROOT / "data" / "sample" / "train").glob("*.png")):
+    copy_sample(folder / "sample")
+    for file in sorted((folder / "sample" / "train").glob("*.png")):
         for i in range(COPIES):
             shutil.copy(file, photos / f"{file.stem}_{i}{file.suffix}")
     files = sorted(photos.iterdir())

@@ -54,12 +54,6 @@ def test_one_process_and_two_train_on_the_same_numbers(flags, two_processes, tmp
     assert identity["processes"] == 2  # it really were two
 
 
-def test_resume_on_two_processes_equals_the_straight_run_to_the_bit(flags, two_processes, tmp_path):
-    shutil.copytree(two_processes / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    launch(flags, tmp_path / "resumed", "--resume_from_checkpoint", "latest")
-    assert (tmp_path / "resumed" / LORA_FILE).read_bytes() == (two_processes / LORA_FILE).read_bytes()
-
-
 def test_resuming_on_another_number_of_processes_is_refused(flags, two_processes, tmp_path):
     shutil.copytree(two_processes / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     with pytest.raises(ValueError, match=r"processes \(was 2, now 1\)"):
