@@ -172,6 +172,7 @@ def test_make_pairs_takes_the_first_images_of_a_folder_and_repeats_itself_but_mi
      "image_of_a_person", 0.8),
     ("cat_dragon/lora/origin/7/7_cat_dragon_skip0_1epoch_scale-1.20_a_skip3_2epoch_scale0.50_b.png",
      ("cat_dragon", "lora", 1, 0), 7, "a_skip3_2epoch_scale0.50_b", -1.2),
+    ("age/lora/origin/7/7_age_skip-1_1epoch_scale1.00_x.png", ("age", "lora", 1, -1), 7, "x", 1.0),
     ("age/lora/origin/7/7_age_skip0_1epoch_scale1.00.webp", ("age", "lora", 1, 0), 7, "", 1.0),
     ("real/real_610_vtrain_image_real_base_v1/elf/7/7_real_skip14_1500epoch_scale0.20_x.jpg",
      ("real", "real_610_vtrain_image_real_base_v1/elf", 1500, 14), 7, "x", 0.2)])

@@ -37,7 +37,7 @@ from utils.score import write_csv
 from utils.utils import to_uint8
 from utils.validation import load_lpips
 
-NAME = re.compile(r"(?P<seed>\d+)_(?P<dataset>.+?)_skip(?P<skip>\d+)_(?P<epoch>\d+)epoch"
+NAME = re.compile(r"(?P<seed>\d+)_(?P<dataset>.+?)_skip(?P<skip>-?\d+)_(?P<epoch>\d+)epoch"
                   r"_scale(?P<scale>-?\d+\.\d+)(?:_(?P<prompt>.*))?")
 LPIPS_SIDE_PX = 256
 STRENGTHS = {"edit_share": "share of the edit reached", "clip_strength": "edit strength (CLIP)"}
