@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from my_dataset import degradations
+from recipes.deblur_controlnet.deblur_controlnet import hint_channels
 from recipes.deblur_controlnet.deblur_dataset import BLUR_TYPES, apply_blur, draw_blur, prompts
 from scripts.make_tiny_kontext import (
     DECODER_FILE,
@@ -430,7 +431,7 @@ def model_card(pipe, args, vae_training, training, figures):
     sizes = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) / 1e6
              for name in ("unet", "vae", "text_encoder")}
     photos = "\n".join(f"- {credit}" for credit in args.credit)
-    hint, base_steps = condition_channels(pipe.vae), args.base_steps
+    hint, base_steps = hint_channels(pipe.vae), args.base_steps
     return f"""# tiny-sd
 
 A complete StableDiffusionPipeline in the layout of SD 1.5, small enough to train a ControlNet on two CPU cores. It
@@ -476,11 +477,6 @@ A blurred start has the prompt of its blur.
 
 Made by `python -m scripts.make_tiny_sd`, seed {args.seed}; `--stage export` measures again.
 """
-
-
-def condition_channels(vae):
-    """conditioning_embedding_out_channels of a ControlNet whose hint has the size of this autoencoder's images."""
-    return (16, 32, 96, 256)[: len(vae.config.block_out_channels)]
 
 
 def main():

@@ -55,7 +55,7 @@ def test_noise_schedule_and_sizes_are_those_of_stable_diffusion_but_for_the_auto
     assert pipe.scheduler.config.prediction_type == "epsilon"
     assert pipe.tokenizer.model_max_length == 77
     assert pipe.vae_scale_factor == tiny_sd.LATENT_PX
-    assert tiny_sd.condition_channels(pipe.vae) == (16, 32, 96)
+    assert tiny_sd.hint_channels(pipe.vae) == (16, 32, 96)
 
 
 def test_stock_pipelines_return_the_asked_size_and_repeat_with_a_seed(pipe, crops):

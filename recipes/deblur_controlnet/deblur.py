@@ -68,6 +68,11 @@ def check_sampling_args(args):
     deblur.check_base(args.pretrained_model_name_or_path)
 
 
+def sampled(args):
+    """What args say of SAMPLED; None where they say nothing."""
+    return {name: getattr(args, name) for name in SAMPLED}
+
+
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     add_sampling_args(parser)
@@ -165,7 +170,7 @@ class DeblurControlNet:
         return partial(self.deblur, tile=args.tile, tile_overlap=args.tile_overlap, color=args.color_fix,
                        negative_prompt=args.negative_prompt,
                        controlnet_conditioning_scale=args.controlnet_conditioning_scale,
-                       **{name: getattr(args, name) for name in SAMPLED})
+                       **sampled(args))
 
 
 def load(args, settings=None):
@@ -174,7 +179,7 @@ def load(args, settings=None):
     if settings:
         return DeblurControlNet.base_alone(args.pretrained_model_name_or_path, settings, device, dtype)
     model = DeblurControlNet.load_from_checkpoint(args.model, args.pretrained_model_name_or_path, device, dtype)
-    model.choose(**{name: getattr(args, name) for name in SAMPLED})
+    model.choose(**sampled(args))
     return model
 
 
@@ -187,8 +192,7 @@ def main(args):
         prompt = (prompts(model.settings["use_augmentation"]) | {"auto": ""})[args.blur_type]
     run = {name: getattr(args, name) for name in (
         "model", "pretrained_model_name_or_path", "controlnet_conditioning_scale", "negative_prompt", "color_fix",
-        "tile", "tile_overlap", "seed", "dtype")} | {"prompt": prompt} | model.choose(
-        **{name: getattr(args, name) for name in SAMPLED})
+        "tile", "tile_overlap", "seed", "dtype")} | {"prompt": prompt} | model.choose(**sampled(args))
     run_deblur, failures, skipped = model.from_args(args), [], 0
     for path, _, output in tqdm(plan, unit="image", disable=None):
         try:

@@ -187,12 +187,17 @@ def draw_hint_network(embedding):
         torch.nn.init.zeros_(layer.bias)
 
 
+def hint_channels(vae):
+    """conditioning_embedding_out_channels of a ControlNet whose hint has the size of this autoencoder's images."""
+    levels = len(vae.config.block_out_channels)
+    return (HINT_CHANNELS + HINT_CHANNELS[-1:] * levels)[:levels]
+
+
 def make_controlnet(pipe, source=None):
     """A ControlNet for `pipe`, fp32: a copy of its UNet's encoder with zero convolutions (Zhang et al. 2023), its hint
     network drawn by `draw_hint_network`; or the one in `source`, a folder or hub id of diffusers, or a .ckpt or
     .safetensors file of the original implementation. ValueError where that does not fit."""
-    levels = len(pipe.vae.config.block_out_channels)
-    channels = (HINT_CHANNELS + HINT_CHANNELS[-1:] * levels)[:levels]
+    channels = hint_channels(pipe.vae)
     flag = f"--controlnet_model_name_or_path {source}"
     if source is None:
         controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)
@@ -220,7 +225,7 @@ def make_controlnet(pipe, source=None):
         own = controlnet.config[name]
         if (list(own) if isinstance(own, (tuple, list)) else own) != value:
             raise ValueError(f"{flag}: its {name} is {own}, the base model's {value}; it belongs to another model")
-    if len(controlnet.config.conditioning_embedding_out_channels) != levels:
+    if len(controlnet.config.conditioning_embedding_out_channels) != len(channels):
         raise ValueError(f"{flag}: its hint network makes images "
                          f"{2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)} times smaller, the "
                          f"base model's autoencoder {flux.latent_scale(pipe.vae)} times; it belongs to another model")

@@ -173,7 +173,7 @@ def main(args):
         "images": len({score["image"] for score in all_scores}), "blur_types": report,
         "interval": "95 %, percentile bootstrap of the mean over images",
         "definitions": {name: DEFINITIONS[name] for name in DEFINITIONS if name in all_scores[0]},
-        "settings": model.choose(**{name: getattr(args, name) for name in deblur.SAMPLED}),
+        "settings": model.choose(**deblur.sampled(args)),
         "arguments": public_args(args), "versions": package_versions()})
     save_grid(pictures, [*(COLUMNS[row] for row in table), "target"], captions, Path(folder) / "grid.png")
     print(f"\nmean [95 % interval]; scores.csv, metrics.json, grid.png: {folder}")
