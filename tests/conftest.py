@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import importlib.util
 import os
+import shutil
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -165,3 +167,31 @@ def photos(tmp_path_factory):
         y, x = 24 * i, 160 - 20 * i
         Image.fromarray(image[y : y + 48, x : x + 64]).save(folder / f"photo_{i}.png")
     return root
+
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+CHROMIUM_FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+                  "--disable-component-update --disable-sync").split()
+
+
+def need_for_browser(*packages):
+    """Skip what is tested in a browser where it, Playwright or another of `packages` is not installed; where
+    KONTEXT_BROWSER_TESTS is set, fail."""
+    missing = [name for name in (*packages, "playwright") if importlib.util.find_spec(name) is None]
+    missing += [] if Path(CHROMIUM).is_file() else ["chromium"]
+    if missing:
+        give_up = pytest.fail if os.environ.get("KONTEXT_BROWSER_TESTS") else pytest.skip
+        give_up(f"the page is tested in a browser, and {', '.join(missing)} is not installed: "
+                "bash scripts/setup_demo.sh --browser")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, without a window."""
+    need_for_browser()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

@@ -3,12 +3,9 @@
 import base64
 import csv
 import hashlib
-import importlib.util
 import io
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -295,21 +292,6 @@ def test_the_start_noise_study_is_drawn_with_the_spread_over_seeds(tmp_path, mon
 
 
 # ---- in a browser ----
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium, without a window."""
-    program = shutil.which("chromium")
-    if program is None or importlib.util.find_spec("playwright") is None:
-        give_up = pytest.fail if os.environ.get("KONTEXT_BROWSER_TESTS") else pytest.skip
-        give_up("the page is tested in a browser, and chromium or playwright is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,14 +22,11 @@ from PIL import Image
 import test_deg_lora_flux_kontext as test_script
 from my_dataset.images import load_rgb
 from scripts import web_demo, web_jobs
-from tests.conftest import PROJECT_ROOT, photograph
+from tests.conftest import PROJECT_ROOT, need_for_browser, photograph
 from utils import flux, lora, metrics, restore
 from utils.tiles import Tiling, restore_tiled
 
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync").split()
 SCRIPT_NAME = "<img src=x onerror=document.title='owned'>.png"
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 
 
 def save(path, side=64, name="astronaut"):
@@ -260,24 +256,9 @@ def test_examples_are_made_once_clean_and_degraded(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
-    missing += [] if Path(CHROMIUM).is_file() else ["chromium"]
-    if missing:
-        give_up = pytest.fail if os.environ.get("KONTEXT_BROWSER_TESTS") else pytest.skip
-        give_up(f"the page is tested in a browser, and {', '.join(missing)} is not installed: "
-                "bash scripts/setup_demo.sh --browser")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def site(browser, demo_args):
+def site(demo_args):
     """The page as the command starts it, as gradio.Blocks."""
+    need_for_browser("gradio")
     site = web_demo.start(web_demo.parse_args(demo_args))
     yield site
     site.close()
