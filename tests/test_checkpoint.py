@@ -210,6 +210,37 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-101"]
 
 
+@pytest.mark.parametrize("files", [0, 1, 3])
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_none_listed_in_part(tmp_path, files):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def die(folder, *args, **kwargs):
+        for file in sorted(folder.iterdir())[:files]:
+            file.unlink()
+        raise SystemExit  # passes every handler, as a kill does
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", die)
+        with pytest.raises(SystemExit):
+            checkpoint.save(tmp_path, 3, make_state(), IDENTITY, write_lora, limit=1)
+    assert [step for step, path in checkpoint.list_checkpoints(tmp_path) if checkpoint.fault(path)] == []
+    assert checkpoint.find(tmp_path, "latest").name == "checkpoint-3"
+    save(tmp_path, 4, limit=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    assert save(tmp_path, 2, limit=1).is_dir()
+    assert "checkpoint-1 could not be deleted" in caplog.text and "Permission denied" in caplog.text
+
+
 def test_what_is_no_checkpoint_is_neither_listed_nor_pruned(tmp_path):
     for name in ("checkpoint-abc", "checkpoint-", "my-checkpoint-4", "checkpoint-5-best"):
         shutil.copytree(save(tmp_path / "source", 1), tmp_path / name)

@@ -96,9 +96,12 @@ def save(output_dir, step, state, identity, write_lora, limit=None):
                          "then --resume_from_checkpoint latest") from error
     if limit:
         for _, old in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old, ignore_errors=True)
-            if old.exists():
-                logger.warning(f"{old} could not be deleted")
+            doomed = old.with_name(old.name + ".tmp")  # renamed first: a kill leaves no half of it listed as whole
+            try:
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning(f"{old} could not be deleted ({error})")
     return folder
 
 
