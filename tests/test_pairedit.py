@@ -484,7 +484,8 @@ def test_generation_writes_a_file_for_every_seed_and_scale_and_one_noise_serves_
     tail = "image_of_a_person"
     assert names == {f"{seed}/{seed}_warm_skip{skip}_2epoch_scale{scale:.2f}_{tail}.png" for seed in (7, 8)
                      for skip in (1, 2) for scale in (0, 0.5, 1)} | {
-        f"{seed}_warm_skip{skip}_2epoch_0.00-1.00_{tail}.jpg" for seed in (7, 8) for skip in (1, 2)} | {"settings.json"}
+        f"{seed}_warm_skip{skip}_2epoch_0.00-1.00_{tail}.jpg" for seed in (7, 8) for skip in (1, 2)} | {
+        "settings_2epoch.json"}
 
     def pixels(seed, skip, scale):
         return np.asarray(Image.open(folder / f"{seed}/{seed}_warm_skip{skip}_2epoch_scale{scale:.2f}_{tail}.png"))
@@ -513,7 +514,26 @@ def test_a_long_prompt_of_any_script_is_a_file_name(tmp_path):
     for prompt in ("一" * 200, "a/b\\c:d*" * 40, ""):
         path = pictures.write_slide(tmp_path, "warm", 1, 0, 2, [0.0], torch.zeros(1, 3, 8, 8), prompt)
         assert path.is_file() and len(path.name.encode()) < 200
+    assert pictures.file_stem("a cat, " * 20 + "asleep") != pictures.file_stem("a cat, " * 20 + "awake")
 
+
+def test_generation_adds_seeds_and_epochs_to_a_folder_and_refuses_to_write_over_another_runs_images(command, tmp_path):
+    run_training(command(train_iteration=2, save_per_steps=1))
+
+    def run_generation(**changes):
+        words = command(**{"train_iteration": 2, "prompt": "image of a person", "count_gen": 1, **changes})
+        generate.main(generate.parse_args([str(word) for word in words]))
+
+    for changes in ({}, {}, {"start_seed_gen": 9}, {"train_iteration": 1}):
+        run_generation(**changes)
+    earlier = {path: path.read_bytes() for path in (tmp_path / "images").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"origin holds images that were made in another way \(stored\); give another"):
+        run_generation(guidance_scale=2)
+    of_step_1, of_step_2 = sorted((tmp_path / "models").rglob("*epoch.safetensors"))
+    shutil.copy(of_step_1, of_step_2)
+    with pytest.raises(ValueError, match=r"made in another way \(loras\)"):
+        run_generation()
+    assert {path: path.read_bytes() for path in (tmp_path / "images").rglob("*") if path.is_file()} == earlier
 
 def test_prompts_come_from_a_file_and_seeds_from_chance(command, tmp_path):
     prompts = tmp_path / "prompts.yaml"
@@ -542,7 +562,7 @@ def test_real_images_are_trained_and_edited(command, tmp_path):
     assert not np.array_equal(images[0], images[2])
     with pytest.raises(ValueError, match="--start_sigma 0.05: no step is left; give 0.345 or more"):
         generate_real_image.main(generate_real_image.parse_args([str(word) for word in command(
-            **real, skips=0, start_sigma=0.05)]))
+            **real, skips=0, start_sigma=0.05, output_folder_gen=tmp_path / "none")]))
     low = command(**real, skips=0, start_sigma=0.35, output_folder_gen=tmp_path / "low")
     generate_real_image.main(generate_real_image.parse_args([str(word) for word in low]))
     low_image = np.asarray(Image.open(sorted((tmp_path / "low").rglob("*scale0.00*.png"))[0]))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from recipes.pairedit import adapters
 from recipes.pairedit.objectives import SEMANTIC
 from recipes.pairedit.options import choose_prompts, choose_seeds, parse_pairedit_args, plan_tasks
-from recipes.pairedit.pictures import write_slide
+from recipes.pairedit.pictures import describe_origin, settings_file, write_slide
 from recipes.pairedit.sampling import load_models, slide
 from utils import flux
 from utils.parse import public_args, run_main, writable_folder, write_json
@@ -37,26 +37,30 @@ def main(args):
     files = [Path(args.trained_lora_path) if args.use_trained_lora_path else task.file(args, args.train_iteration)
              for task in tasks]
     settings = [adapters.read_settings(file, args) for file in files]
+    folders = [Path(args.output_folder_gen, task.dataset, file.stem if args.use_trained_lora_path else task.name(args),
+                    "origin") for task, file in zip(tasks, files, strict=True)]
+    origins = [describe_origin(args, stored, file) for stored, file in zip(settings, files, strict=True)]
+    notes = [settings_file(folder, args.train_iteration, origin)
+             for folder, origin in zip(folders, origins, strict=True)]
     seeds = choose_seeds(args)
     prompts = {task.dataset: choose_prompts(args, task.position, seeds) for task in tasks}
     pipe, encoded, device, dtype = load_models(args, [prompt for group in prompts.values() for prompt in group],
                                                max(s["max_sequence_length"] for s in settings))
 
     # --- LoRA by LoRA
-    for task, file, stored in zip(tasks, files, settings, strict=True):
+    for task, file, stored, folder, origin, note in zip(tasks, files, settings, folders, origins, notes, strict=True):
         adapters.load(pipe, file, SEMANTIC)
         side = stored["resolution"]
         flux.check_sizes(pipe.vae, [(side, side)])
         shape = flux.latent_shape(pipe.vae, side, side)
         sigmas = noise_levels(pipe.vae, pipe.scheduler, stored["num_inference_steps"], side, side)
-        name = file.stem if args.use_trained_lora_path else task.name(args)
-        folder = Path(args.output_folder_gen, task.dataset, name, "origin")
-        write_json(writable_folder(folder, "--output_folder_gen") / "settings.json", {
-            "lora": file.name, "stored": stored, "seeds": seeds, "prompts": prompts[task.dataset],
+        writable_folder(folder, "--output_folder_gen")
+        write_json(note, {
+            "lora": file.name, "origin": origin, "seeds": seeds, "prompts": prompts[task.dataset],
             "arguments": public_args(args)})
         for skip in args.skips:
             batches = range(0, len(seeds), args.sample_batch_size)
-            for first in tqdm(batches, desc=f"{name}, skip {skip}", unit="batch", disable=None):
+            for first in tqdm(batches, desc=f"{folder.parent.name}, skip {skip}", unit="batch", disable=None):
                 batch = slice(first, first + args.sample_batch_size)
                 text = flux.stack_text(encoded, prompts[task.dataset][batch], device, dtype)
                 noise = draw_noise(shape, seeds[batch]).to(device)

@@ -14,7 +14,7 @@ from recipes.pairedit import adapters
 from recipes.pairedit.objectives import CONTENT, SEMANTIC
 from recipes.pairedit.options import choose_seeds, last_repeats, parse_pairedit_args, plan_tasks
 from recipes.pairedit.pairs import load_square
-from recipes.pairedit.pictures import write_slide
+from recipes.pairedit.pictures import describe_origin, settings_file, write_slide
 from recipes.pairedit.sampling import edit, load_models
 from utils import flux
 from utils.parse import public_args, run_main, writable_folder, write_json
@@ -40,13 +40,18 @@ def main(args):
     stored_semantic = adapters.read_settings(semantic, args)
     files = [task.file(args, args.train_iteration) for task in tasks]
     settings = [adapters.read_settings(file, args) for file in files]
+    folders = [Path(args.output_folder_gen, task.dataset, task.name(args), semantic.stem) for task in tasks]
+    origins = [describe_origin(args, stored, file, semantic) for stored, file in zip(settings, files, strict=True)]
+    notes = [settings_file(folder, args.train_iteration, origin)
+             for folder, origin in zip(folders, origins, strict=True)]
     seeds = choose_seeds(args)
     prompts = [last_repeats(args.prompt, task.position) for task in tasks]
     pipe, encoded, device, dtype = load_models(args, prompts, stored_semantic["max_sequence_length"])
     adapters.load(pipe, semantic, SEMANTIC)
 
     # --- image by image
-    for task, file, stored, prompt in zip(tasks, files, settings, prompts, strict=True):
+    for task, file, stored, prompt, folder, origin, note in zip(tasks, files, settings, prompts, folders, origins,
+                                                                notes, strict=True):
         adapters.load(pipe, file, CONTENT)
         side = stored["resolution"]
         flux.check_sizes(pipe.vae, [(side, side)])
@@ -57,10 +62,10 @@ def main(args):
         photograph = load_square(task.images[0][0], side).to(device)
         latents = flux.encode(pipe.vae, photograph)
         text = flux.stack_text(encoded, [prompt], device, dtype)
-        folder = Path(args.output_folder_gen, task.dataset, task.name(args), semantic.stem)
-        write_json(writable_folder(folder, "--output_folder_gen") / "settings.json", {
-            "content_lora": file.name, "semantic_lora": semantic.name, "stored": stored, "sigma": sigmas[first],
-            "seeds": seeds, "prompt": prompt, "arguments": public_args(args)})
+        writable_folder(folder, "--output_folder_gen")
+        write_json(note, {
+            "content_lora": file.name, "semantic_lora": semantic.name, "origin": origin,
+            "sigma": sigmas[first], "seeds": seeds, "prompt": prompt, "arguments": public_args(args)})
         for skip in args.skips:
             for seed in tqdm(seeds, desc=f"{task.name(args)}, skip {skip}", unit="seed", disable=None):
                 noise = draw_noise(latents.shape[1:], [seed]).to(device)

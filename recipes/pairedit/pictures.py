@@ -1,10 +1,13 @@
 """Files of a slide: every weight as an image of its own, and all of them in one picture. The names are the
 original's."""
 
+import json
 import re
+from zlib import crc32
 
 import torch
 
+from utils.checkpoint import sha256
 from utils.utils import image_grid, to_pil
 
 COLUMNS = 5  # of the picture
@@ -12,8 +15,29 @@ PROMPT_BYTES = 80  # of a prompt in a file name
 
 
 def file_stem(text):
-    """A prompt as part of a file name, on any system."""
-    return re.sub(r"[^\w.-]+", "_", text).strip("_.").encode()[:PROMPT_BYTES].decode(errors="ignore")
+    """A prompt as part of a file name, on any system; of two long ones that begin alike, not the same one."""
+    stem = re.sub(r"[^\w.-]+", "_", text).strip("_.")
+    if len(stem.encode()) <= PROMPT_BYTES:
+        return stem
+    return f"{stem.encode()[:PROMPT_BYTES].decode(errors='ignore')}_{crc32(text.encode()):08x}"
+
+
+def describe_origin(args, stored, *loras):
+    """What decides about the images beside that which their names say: the LoRAs, the model, the sampling settings."""
+    names = ["pretrained_model_name_or_path", "mixed_precision", "base_precision", "real_mix", "semantic_cfg_scale",
+             "start_sigma"]
+    return {name: getattr(args, name) for name in names} | {"stored": stored, "loras": [sha256(lora) for lora in loras]}
+
+
+def settings_file(folder, epoch, origin):
+    """Where the settings of the images in `folder` belong, those of this many steps. ValueError where such images are
+    there that were made in another way than `origin` (describe_origin) says: they would be written over."""
+    file = folder / f"settings_{epoch}epoch.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))["origin"] if file.exists() else origin
+    if differing := [name for name in origin if earlier.get(name) != origin[name]]:
+        raise ValueError(f"{folder} holds images that were made in another way ({', '.join(differing)}); give another "
+                         "--output_folder_gen, or delete them")
+    return file
 
 
 def write_slide(folder, dataset, seed, skip, epoch, scales, images, prompt, image_format="jpg", photograph=None):
