@@ -221,10 +221,9 @@ def main(args):
     progress.bar.close()
 
     if accelerator.is_main_process:
-        path = write_lora(args.output_dir)
-        write_model_card(args, settings, images)
-        run.print_summary(args, path, settings,
-                          restore_command(args.pretrained_model_name_or_path, args.output_dir))
+        results = {"LoRA": write_lora(args.output_dir), "model card": write_model_card(args, settings, images)}
+        command = restore_command(args.pretrained_model_name_or_path, args.output_dir)
+        run.print_summary(args, results, run.lora_uses(args, settings, command))
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

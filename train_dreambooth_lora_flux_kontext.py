@@ -310,10 +310,10 @@ def main(args):
     progress.bar.close()
 
     if accelerator.is_main_process:
-        file = write_lora(args.output_dir)
-        write_dreambooth_card(args, settings, len(dataset.examples))
-        run.print_summary(args, file, settings,
-                          generate_command(args.pretrained_model_name_or_path, args.output_dir, settings))
+        results = {"LoRA": write_lora(args.output_dir),
+                   "model card": write_dreambooth_card(args, settings, len(dataset.examples))}
+        command = generate_command(args.pretrained_model_name_or_path, args.output_dir, settings)
+        run.print_summary(args, results, run.lora_uses(args, settings, command))
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
@@ -167,6 +169,24 @@ def photos(tmp_path_factory):
         y, x = 24 * i, 160 - 20 * i
         Image.fromarray(image[y : y + 48, x : x + 64]).save(folder / f"photo_{i}.png")
     return root
+
+
+# `accelerate launch --cpu --num_processes 2` runs one process in silence; torchrun runs two.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run_on_two_processes(*words):
+    """Run a script, or -m and a module, with its arguments on two processes (gloo)."""
+    result = subprocess.run([*TORCHRUN, *map(str, words)], cwd=PROJECT_ROOT, capture_output=True, text=True,
+                            timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def read_summary(printed):
+    """{name: text} of what a training script says in the end of where everything is and how to use it."""
+    printed = printed[printed.index("Finished after "):].replace("\\\n", "")
+    assert "To use it:" in printed.splitlines()
+    return {line[2:15].strip(): line[15:] for line in printed.splitlines() if line.startswith("  ")}
 
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"

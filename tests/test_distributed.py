@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 import train_deg_lora_flux_kontext as script
 import train_dreambooth_lora_flux_kontext as dreambooth
-from tests.conftest import PROJECT_ROOT
+from tests.conftest import PROJECT_ROOT, TORCHRUN, run_on_two_processes
 from utils import checkpoint
 from utils.lora import LORA_FILE
 
@@ -34,24 +33,7 @@ def two_processes(flags, tmp_path_factory):
 
 
 def launch(flags, folder, *more, script="train_deg_lora_flux_kontext.py"):
-    # `accelerate launch --cpu --num_processes 2` runs one process in silence; torchrun runs two.
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543",
-         script, *flags, "--output_dir", str(folder), *more],
-        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_one_process_and_two_train_on_the_same_numbers(flags, two_processes, tmp_path):
-    args = script.parse_args([*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    script.main(args)
-    one, two = (load_file(folder / LORA_FILE) for folder in (tmp_path / "one", two_processes))
-    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)
-    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for folder in (tmp_path / "one", two_processes)]
-    assert [a["loss/flow"] for a in rows[0]] == pytest.approx([b["loss/flow"] for b in rows[1]], rel=1e-5)
-    identity = json.loads((two_processes / "checkpoint-2" / "state.json").read_text())["identity"]
-    assert identity["processes"] == 2  # it really were two
+    run_on_two_processes(script, *flags, "--output_dir", folder, *more)
 
 
 def test_resuming_on_another_number_of_processes_is_refused(flags, two_processes, tmp_path):
@@ -63,9 +45,8 @@ def test_resuming_on_another_number_of_processes_is_refused(flags, two_processes
 
 def test_sigterm_to_the_launcher_saves_on_all_ranks_before_the_end(flags, tmp_path):
     out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29544",
-               "train_deg_lora_flux_kontext.py", *flags, "--output_dir", str(out), "--max_train_steps", "100000",
-               "--checkpointing_steps", "0", "--dataloader_num_workers", "1"]
+    command = [*TORCHRUN, "train_deg_lora_flux_kontext.py", *flags, "--output_dir", str(out), "--max_train_steps",
+               "100000", "--checkpointing_steps", "0", "--dataloader_num_workers", "1"]
     process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 200
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):

@@ -2,9 +2,8 @@
 
 import csv
 import json
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from recipes.pairedit import (
     train,
 )
 from recipes.pairedit.objectives import CONTENT, SEMANTIC, VARIANTS, adapters_of, pair_passes, text_target
-from tests.conftest import PROJECT_ROOT
+from tests.conftest import read_summary, run_on_two_processes
 from utils import flux, lora, restore
 
 pytestmark = pytest.mark.usefixtures("models_load_once")
@@ -261,11 +260,8 @@ def test_a_resumed_run_equals_a_straight_run_to_the_bit(command, tmp_path, sigte
 
 
 def test_two_processes_train_on_the_same_numbers_as_one_with_the_whole_batch(command, tmp_path):
-    words = command(gradient_accumulation_steps=2, output_folder=tmp_path / "two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547", "-m",
-              "recipes.pairedit.train", *[str(word) for word in words]]
-    done = subprocess.run(launch, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_processes("-m", "recipes.pairedit.train",
+                         *command(gradient_accumulation_steps=2, output_folder=tmp_path / "two"))
     run_training(command(train_batch_size=2, gradient_accumulation_steps=2, output_folder=tmp_path / "one"))
     one, two = lora_files(tmp_path / "one"), lora_files(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 4
@@ -297,6 +293,11 @@ def test_a_second_run_never_writes_over_the_first(command):
 
 def test_a_finished_run_is_left_alone_when_resumed(command, tmp_path, capsys):
     run_training(command(train_iteration=2))
+    told = read_summary(capsys.readouterr().out)
+    assert [Path(told[name]).stat().st_size > 0 for name in ("slider", "content LoRA")] == [True, True]
+    words = shlex.split(told["here"])
+    assert words[:3] == ["python", "-m", "recipes.pairedit.generate"]
+    assert generate.parse_args(words[3:]).trained_lora_path == told["slider"]
     before = {path: path.read_bytes() for path in (tmp_path / "models").rglob("*") if path.is_file()}
     run_training(command(train_iteration=2, resume_from_checkpoint="latest"))
     assert "is there already" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from my_dataset.dataset_deg_paired import to_tensor
 from recipes.qwen_image import example, inference, options, qwen, tiny, train
 from recipes.qwen_image.image_datasets.dataset import CustomImageDataset
 from recipes.qwen_image.options import DATA_KEYS, make_qwen_parser, parse_qwen_args
-from tests.conftest import equal
+from tests.conftest import equal, read_summary, run_on_two_processes
 from utils import flux, lora
 from utils.flow_matching import clean_from_velocity
 from utils.lora import LORA_FILE
@@ -378,7 +379,12 @@ def test_what_is_trained_is_named_and_counted(model, data, tmp_path, capsys, pre
     size = sum(tensor.numel() for tensor in tensors.values())
     names = (tmp_path / "out" / "trainable.txt").read_text().splitlines()
     assert len(tensors) == 2 * layers == len(names) and all(re.search("lora_[AB]", name) for name in names)
-    assert f"training {size:,} parameters in {len(names)} tensors" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"training {size:,} parameters in {len(names)} tensors" in printed
+    told = read_summary(printed)
+    program = shlex.split(told["here"])
+    assert program[:3] == ["python", "-m", "recipes.qwen_image.inference"] and Path(told["LoRA"]).is_file()
+    assert str(inference.parse_args(program[3:]).lora_weights) == told["LoRA"]
     if preset == "img_attn":
         assert size == 4 * 2 * 4 * 32  # layers x (A and B) x rank x width
 
@@ -400,6 +406,19 @@ def test_a_resumed_run_ends_in_the_same_bits(model, data, tmp_path, sigterm_in_s
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight") and len(losses(tmp_path / "resumed")) == 4
     with pytest.raises(ValueError, match="rank"):
         train.main(train.parse_args([*args, "--rank", "8"]))
+
+
+def test_two_processes_train_on_the_same_numbers_as_one_with_the_whole_batch(model, data, tmp_path):
+    flags = "--train_batch_size 1 --save_cache_on_disk --checkpointing_steps 1 --caption_dropout_rate 0.5".split()
+    run_on_two_processes("-m", "recipes.qwen_image.train", *words(model, data, tmp_path / "two", *flags))
+    one = run(model, data, tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
+    two = load_file(tmp_path / "two" / LORA_FILE)
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    shutil.copytree(tmp_path / "two" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    run_on_two_processes("-m", "recipes.qwen_image.train", *words(model, data, tmp_path / "resumed", *flags),
+                         "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "resumed" / LORA_FILE).read_bytes() == (tmp_path / "two" / LORA_FILE).read_bytes()
 
 
 def test_a_resume_from_disk_caches_encodes_nothing_and_takes_the_folder_wherever_it_lies(model, data, tmp_path,

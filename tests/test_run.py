@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scripts import lora_tool, plot_loss
+from tests.conftest import read_summary
 from utils import card, parse, restore, run, validation
 
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -444,23 +445,23 @@ def test_memory_on_a_gpu_is_what_the_allocator_had_at_most(monkeypatch):
 def summary(capsys, folder, settings, **changes):
     """{name: text} of what print_summary says of the run in `folder`."""
     args = SimpleNamespace(**{"output_dir": str(folder), "max_train_steps": 7, "use_dora": False} | changes)
-    run.print_summary(args, folder / run.LORA_FILE, settings, card.restore_command("a model", str(folder)))
-    lines = capsys.readouterr().out.replace("\\\n", "").splitlines()
-    assert lines[1] == "Finished after 7 steps:" and "To use it:" in lines
-    return {line[2:15].strip(): line[15:] for line in lines if line.startswith("  ")}
+    uses = run.lora_uses(args, settings, card.restore_command("a model", str(folder)))
+    run.print_summary(args, {"LoRA": folder / run.LORA_FILE}, uses)
+    printed = capsys.readouterr().out
+    assert printed.startswith("\nFinished after 7 steps:\n")
+    return read_summary(printed)
 
 
 def test_every_place_of_the_summary_is_there_and_every_command_runs(tiny_lora, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "my lora"
     shutil.copytree(tiny_lora, folder)
-    for name in ("README.md", "args.json", "validation/step-000000.png", "validation/step-000007.png"):
+    for name in ("args.json", "validation/step-000000.png", "validation/step-000007.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss/flow": 0.5}\n')
     settings = restore.STOCK_SETTINGS | {"start_noise": [0.5, 0.5]}
     told = summary(capsys, folder, settings)
-    assert [told[name] for name in ("LoRA", "model card", "options")] == [
-        str(folder / name) for name in (run.LORA_FILE, "README.md", "args.json")]
+    assert [told[name] for name in ("LoRA", "options")] == [str(folder / name) for name in (run.LORA_FILE, "args.json")]
     assert Path(told["LoRA"]).is_file() and "checkpoints" not in told
     assert told["validation"] == f"{folder / 'validation' / 'step-000000.png'} ... step-000007.png"
     assert "start at pure noise, this LoRA at 0.5" in told["diffusers"]

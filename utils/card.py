@@ -8,11 +8,11 @@ KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/b
 
 
 def write_model_card(args, settings, images):
-    """Write output_dir/README.md of a restoration LoRA. images: how many, or in words what they were."""
+    """Write output_dir/README.md of a restoration LoRA; returns its path. images: how many, or what they were."""
     damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
     damage = "on stored pairs" if args.lr_root else damage
     model = f"/path/to/{folder_name(args.base_model_id)}"
-    write_card(
+    return write_card(
         args, settings, f"Restoration LoRA for {args.base_model_id}",
         f"Restores photographs; trained on {images}{' images' * isinstance(images, int)} for {args.max_train_steps} "
         f"steps, seed {args.seed}, {damage}.",
@@ -22,10 +22,10 @@ def write_model_card(args, settings, images):
 
 
 def write_dreambooth_card(args, settings, images):
-    """Write output_dir/README.md of a subject or edit LoRA."""
+    """Write output_dir/README.md of a subject or edit LoRA; returns its path."""
     is_edit = settings["references"] > 0
     model = f"/path/to/{folder_name(args.base_model_id)}"
-    write_card(
+    return write_card(
         args, settings, f"{'Edit' if is_edit else 'Subject'} LoRA for {args.base_model_id}",
         f"Trained on {images} images {'with their references ' * is_edit}for {args.max_train_steps} steps, seed "
         f"{args.seed}.",
@@ -50,7 +50,8 @@ def generate_command(model, lora, settings):
 
 
 def write_card(args, settings, title, about, command, about_scores, pipeline_tag, tags):
-    """Write output_dir/README.md: title, what the LoRA does, the command to use it, validation numbers and pictures."""
+    """Write output_dir/README.md: title, what the LoRA does, the command to use it, validation numbers and pictures;
+    returns its path."""
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(args.output_dir)
@@ -83,7 +84,9 @@ The settings that sampling needs are stored in the file and read back.
                          library_name="diffusers", pipeline_tag=pipeline_tag,
                          instance_prompt=args.instance_prompt or settings["prompt"],
                          tags=[pipeline_tag, *tags, "diffusers", "lora", "flux", "flux-kontext", "template:sd-lora"])
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+    path = folder / "README.md"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
+    return path
 
 
 def folder_name(model_id):

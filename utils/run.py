@@ -532,27 +532,35 @@ def stopped(accelerator, progress, step, number):
     return 128 + number
 
 
-def print_summary(args, lora_file, settings, command):
-    """Say where everything of a finished run is, and how its LoRA is used: by `command`, in diffusers, in ComfyUI."""
+def print_summary(args, results, uses):
+    """Say where everything of a finished run is, its `results` {name: file} first, and how to use it, {where: text}."""
     folder = Path(args.output_dir)
-    name = shlex.quote(str(folder))
-    places = {"LoRA": lora_file, "model card": folder / "README.md", "options": folder / "args.json",
-              "curves": f"python -m scripts.plot_loss --runs {name} --output {shlex.quote(str(folder / 'curves.png'))}"}
+    curves = f"--runs {shlex.quote(str(folder))} --output {shlex.quote(str(folder / 'curves.png'))}"
+    places = results | {"options": folder / "args.json", "curves": f"python -m scripts.plot_loss {curves}"}
     for what, found in (("validation", sorted(folder.glob("validation/step-*.png"))),
                         ("checkpoints", [path for _, path in checkpoint.list_checkpoints(folder)])):
         if found:
             places[what] = found[0] if len(found) == 1 else f"{found[0]} ... {found[-1].name}"
+    for heading, texts in ((f"\nFinished after {args.max_train_steps} steps:", places), ("To use it:", uses)):
+        print(heading, *(f"  {name:<12} {text}" for name, text in texts.items()), sep="\n", flush=True)
+
+
+def lora_uses(args, settings, command):
+    """How the LoRA of a finished run on Kontext is used: by `command`, in diffusers, in ComfyUI."""
+    folder = Path(args.output_dir)
     in_diffusers = f"pipe.load_lora_weights({str(folder)!r})"
     if (start_noise := choose_start_noise(settings)) < 1:
         in_diffusers = (f"its pipelines start at pure noise, this LoRA at {start_noise:g} of it on the degraded image: "
                         "take the command above")
-    in_comfyui = (f"python -m scripts.lora_tool convert {name} --to comfyui --output "
-                  f"{shlex.quote(str(folder / 'comfyui.safetensors'))}, for ComfyUI's models/loras")
-    if args.use_dora:
-        in_comfyui = "python -m scripts.lora_tool merge: a DoRA goes into a whole model only"
-    uses = {"here": command, "diffusers": in_diffusers, "ComfyUI": in_comfyui}
-    for heading, texts in ((f"\nFinished after {args.max_train_steps} steps:", places), ("To use it:", uses)):
-        print(heading, *(f"  {name:<12} {text}" for name, text in texts.items()), sep="\n", flush=True)
+    in_comfyui = (comfyui_command(folder, folder / "comfyui.safetensors") if not args.use_dora else
+                  "python -m scripts.lora_tool merge: a DoRA goes into a whole model only")
+    return {"here": command, "diffusers": in_diffusers, "ComfyUI": in_comfyui}
+
+
+def comfyui_command(lora, output):
+    """Shell command that converts a LoRA of FLUX for ComfyUI, and where its result goes."""
+    return (f"python -m scripts.lora_tool convert {shlex.quote(str(lora))} --to comfyui --output "
+            f"{shlex.quote(str(output))}, for ComfyUI's models/loras")
 
 
 class FiniteGuard:

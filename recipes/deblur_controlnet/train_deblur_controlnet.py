@@ -10,6 +10,7 @@ its layout as the base. deblur_controlnet.py has the formulas:
 """
 
 import argparse
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -350,7 +351,12 @@ def main(args):
     progress.bar.close()
 
     if accelerator.is_main_process:
-        print(f"ControlNet: {checkpoint.write_folder(output / deblur.MODEL_FOLDER, write)}")
+        folder = checkpoint.write_folder(output / deblur.MODEL_FOLDER, write)
+        run.print_summary(args, {"ControlNet": folder}, {
+            "here": "python -m recipes.deblur_controlnet.deblur --pretrained_model_name_or_path "
+                    f"{shlex.quote(args.pretrained_model_name_or_path)} --model {shlex.quote(args.output_dir)} "
+                    "--input blurred --output deblurred",
+            "diffusers": f"ControlNetModel.from_pretrained({str(folder)!r}); README_deblur_training.md, section 4"})
     accelerator.end_training()
 
 

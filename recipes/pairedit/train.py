@@ -11,6 +11,7 @@ The other variants (objectives.py) are values of --python_name, each with a file
 """
 
 import argparse
+import shlex
 import sys
 
 import torch
@@ -176,7 +177,18 @@ def main(args):
             if signal_number and not is_last:
                 return run.stopped(accelerator, progress, step, signal_number)
         progress.bar.close()
-        accelerator.print(f"LoRA: {task.file(args, step)}")
+        if accelerator.is_main_process:
+            file = task.file(args, step)
+            results = {("slider" if name == SEMANTIC else "content LoRA"): task.file(args, step, name != names[-1])
+                       for name in reversed(names)}
+            run.print_summary(args, results, {
+                "here": "python -m recipes.pairedit.generate_real_image with the options of this run and "
+                        "--semantic_lora_path, the slider" if args.objective == "real" else
+                        f"python -m recipes.pairedit.generate --pretrained_model_name_or_path {shlex.quote(path)} "
+                        f"--use_trained_lora_path 1 --trained_lora_path {shlex.quote(str(file))} --datasets "
+                        f"{shlex.quote(task.dataset)}",
+                "diffusers": f"pipe.load_lora_weights({str(file)!r})",
+                "ComfyUI": run.comfyui_command(file, file.with_name(f"{file.stem}_comfyui.safetensors"))})
     accelerator.end_training()
 
 

@@ -10,6 +10,7 @@ In edit training the tokens of the image before follow those of z, and what is p
 
 import hashlib
 import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -190,7 +191,11 @@ def main(args):
     progress.bar.close()
 
     if accelerator.is_main_process:
-        print(f"LoRA: {write_lora(args.output_dir)}")
+        results = {"LoRA": write_lora(args.output_dir)}
+        run.print_summary(args, results, {
+            "here": f"python -m recipes.qwen_image.inference --model_name {shlex.quote(path)} --lora_weights "
+                    f"{shlex.quote(args.output_dir)}{' --image photo.jpg' * is_edit} --prompt 'man in the city'",
+            "diffusers": f"pipe.load_lora_weights({args.output_dir!r})"})
     accelerator.end_training()
 
 
