@@ -643,6 +643,9 @@ def test_strength_starts_at_its_timestep_and_always_takes_the_asked_steps(loaded
         assert timesteps[-1] <= 1000 * strength / steps and sorted(set(timesteps)) == timesteps[::-1]
     with pytest.raises(ValueError, match="--num_inference_steps 50 within --strength 0.01.*only 10 timesteps"):
         library.sampling_timesteps(loaded.scheduler, 50, 0.01)
+    assert library.sampling_timesteps(loaded.scheduler, 10, 0.4, t_min=39)[-1] == 39
+    with pytest.raises(ValueError, match="--num_inference_steps 10 .*end at timestep 39, and with --t_min 40 it"):
+        library.sampling_timesteps(loaded.scheduler, 10, 0.4, t_min=40)
 
 
 def test_ddim_with_the_true_noise_stays_on_the_path_for_any_spacing(loaded):
@@ -914,6 +917,7 @@ def test_gpus_and_precision_name_accelerate_launch(words, capsys):
     ({"deblur_every": 0}, "--deblur_every 0: give 1 or more"),
     ({"decode_crop": 8}, "--decode_crop 8: give 0 or at least 16 latents"),
     ({"t_min": 5, "t_max": 5}, "--t_min 5 must be below --t_max 5"),
+    ({"t_min": 400, "num_inference_steps": 4}, "--num_inference_steps 4 within --strength 1 end at timestep 249"),
     ({"t_min": 1000}, "--t_min 1000 must be below --t_max 1000"),
     ({"t_min": 5, "deblur_t_max": 5}, "--deblur_t_max 5 must be above --t_min 5"),
     ({"t_max": 1001}, "--t_max 1001 of 1000 timesteps"),
@@ -1014,10 +1018,11 @@ def test_bad_input_of_the_command_is_one_line(trained, base, images, tmp_path, g
             str(images / "heldout"), "--output", str(tmp_path / "made"), "--device", "cpu", *given]))
 
 
+@pytest.mark.parametrize("linear_light", [False, True], ids=["srgb", "light"])
 @pytest.mark.parametrize(("blur_type", "params"), [
     ("motion_blur", {"length": 9, "angle": 30}), ("gaussian_blur", {"sigma": 2}), ("defocus_blur", {"radius": 3}),
     ("lens_blur", {"strength": 0.8})])
-def test_the_classical_methods_know_the_true_kernel_and_gain_by_it(blur_type, params):
+def test_the_classical_methods_know_the_true_kernel_and_gain_by_it(blur_type, params, linear_light):
     kernel = evaluate.blur_kernel(blur_type, params)
     assert kernel.sum() == pytest.approx(1) and kernel.shape[0] == kernel.shape[1]
     image = np.zeros((41, 41, 3), np.float32)
@@ -1027,16 +1032,18 @@ def test_the_classical_methods_know_the_true_kernel_and_gain_by_it(blur_type, pa
     made = apply_blur(image, blur_type, params)
     assert np.abs(made[box, box, 0] - 255 * kernel).max() < 0.02 and made.sum() == pytest.approx(3 * 255, rel=1e-3)
     sharp = photograph("coffee", (64, 64))
-    blurred = apply_blur(sharp, blur_type, params)
+    blurred = apply_blur(sharp, blur_type, params | {"linear_light": linear_light})
 
     def error(image):
         return np.square(image.astype(float) - sharp).mean()
 
     trials = {}
-    for row, image in evaluate.classical_rows(blurred, kernel):
+    for row, image in evaluate.classical_rows(blurred, kernel, linear_light):
         trials.setdefault(row.split()[0], []).append(error(image))
     assert set(trials) == {"wiener", "lucy"}
-    assert all(min(errors) < 0.8 * error(blurred) for errors in trials.values())
+    assert all(min(errors) < (1 if linear_light else 0.8) * error(blurred) for errors in trials.values())
+    other = [error(image) for row, image in evaluate.classical_rows(blurred, kernel, not linear_light)]
+    assert min(other) > min(map(min, trials.values()))  # where the blur is a convolution, and only there, it is undone
 
 
 def test_what_surrounds_a_scored_crop_is_blurred_into_it(tmp_path):
@@ -1060,29 +1067,34 @@ def test_what_surrounds_a_scored_crop_is_blurred_into_it(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--base_row", "--no-classical_rows", "--controlnet_conditioning_scale", "0")], ids=["all", "base"])
+    (), ("--linear_light",), ("--base_row", "--no-classical_rows", "--controlnet_conditioning_scale", "0")],
+    ids=["all", "light", "base"])
 def test_evaluation_scores_every_row_for_every_blur_type(flags, trained, base, images, tmp_path, capsys, monkeypatch):
     out = tmp_path / "scores"
+    seen, is_base = [], "--base_row" in flags
     monkeypatch.setattr(evaluate, "LUCY_ITERATIONS", (3,))
+    monkeypatch.setattr(evaluate, "apply_blur", lambda image, kind, params: seen.append(params["linear_light"])
+                        or apply_blur(image, kind, params))
     code = evaluate.main(evaluate.parse_args([
         "--model", str(trained), "--pretrained_model_name_or_path", str(base), "--clean", str(images / "heldout"),
         "--output", str(out), "--device", "cpu", "--gaussian_sigma", "2", "--crop_px", "32", "--prompt_by_type",
         *flags]))
     report = json.loads((out / "metrics.json").read_text())
+    assert set(seen) == {"--linear_light" in flags}
     assert code == 0 and list(report["blur_types"]) == list(BLUR_TYPES) and report["images"] == 2
     assert report["blur_types"]["gaussian_blur"]["params"] == {"sigma": 2}
     for part in report["blur_types"].values():
         assert list(part["rows"]) == (
-            ["input", "base", "deblurred", "ceiling"] if flags else [row for row in evaluate.ROWS if row != "base"])
-        if flags:  # a trained ControlNet that is not heard leaves the base model
+            ["input", "base", "deblurred", "ceiling"] if is_base else [row for row in evaluate.ROWS if row != "base"])
+        if is_base:  # a trained ControlNet that is not heard leaves the base model
             assert part["rows"]["base"]["psnr"] == part["rows"]["deblurred"]["psnr"]
         for row in part["rows"].values():
             assert row["psnr"]["lo"] <= row["psnr"]["mean"] <= row["psnr"]["hi"] and 0 <= row["ssim"]["mean"] <= 1
         gain = part["rows"]["deblurred"]["psnr"]["mean"] - part["rows"]["input"]["psnr"]["mean"]
         assert part["deblurred_minus"]["input"]["psnr"]["mean"] == pytest.approx(gain)
-    assert (out / "scores.csv").read_text().count("\n") == 1 + 4 * (4 if flags else 5) * 2
+    assert (out / "scores.csv").read_text().count("\n") == 1 + 4 * (4 if is_base else 5) * 2
     assert (out / "grid.png").exists()
-    assert ("Wiener, true kernel (balance=" in capsys.readouterr().out) != bool(flags)
+    assert ("Wiener, true kernel (balance=" in capsys.readouterr().out) != is_base
 
 
 def test_the_example_trains_and_scores_every_arm_and_tables_them(tmp_path, capsys, monkeypatch):

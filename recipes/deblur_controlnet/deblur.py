@@ -121,14 +121,15 @@ class DeblurControlNet:
         return torch.stack([self.embedded[prompt] for prompt in prompts])
 
     def choose(self, **given):
-        """The settings, over them what is given and not None. ValueError where sampling would begin at noise that was
-        never trained."""
+        """The settings, over them what is given and not None. ValueError where sampling would begin, or end, at noise
+        that was never trained."""
         settings = self.settings | {name: value for name, value in given.items() if value is not None}
         highest = self.settings["t_max"] / self.pipe.scheduler.config.num_train_timesteps
         if settings["strength"] > highest:
             raise ValueError(f"--strength {settings['strength']:g}: this ControlNet was trained up to {highest:g}; "
                              "give less")
-        deblur.sampling_timesteps(self.pipe.scheduler, settings["num_inference_steps"], settings["strength"])
+        deblur.sampling_timesteps(self.pipe.scheduler, settings["num_inference_steps"], settings["strength"],
+                                  self.settings["t_min"])
         return settings
 
     def sample(self, cond, batch_size=1, ddim_steps=None, guidance_scale=None, strength=None, seed=0):

@@ -35,6 +35,7 @@ SILU_GAIN = 1.68  # 1 / sqrt(mean of SiLU(x)^2) for standard normal x
 DEFAULT_SETTINGS = {
     "base_model": None,
     "image_size": 512,
+    "t_min": 0,
     "t_max": 1000,
     "use_augmentation": False,
     "num_inference_steps": 50,
@@ -392,15 +393,20 @@ def deblur_losses(restored, target, perceptual=None):
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
-def sampling_timesteps(scheduler, steps, strength):
+def sampling_timesteps(scheduler, steps, strength, t_min=0):
     """`steps` integers, evenly spread from strength * 1000 - 1 down ("trailing", Lin et al. 2024), so that the last
     step ends at no noise however few there are. diffusers' img2img would round steps / strength, and with few steps
-    begin far from where it should. ValueError where the table has not so many."""
+    begin far from where it should. ValueError where the table has not so many, or they end below t_min, which training
+    began with."""
     length = scheduler.config.num_train_timesteps * strength
     if steps > length:
         raise ValueError(f"--num_inference_steps {steps} within --strength {strength:g}: the base model has only "
                          f"{length:g} timesteps there; lower the steps")
-    return [round(length * (steps - i) / steps) - 1 for i in range(steps)]
+    timesteps = [round(length * (steps - i) / steps) - 1 for i in range(steps)]
+    if timesteps[-1] < t_min:
+        raise ValueError(f"--num_inference_steps {steps} within --strength {strength:g} end at timestep "
+                         f"{timesteps[-1]}, and with --t_min {t_min} it is not trained; lower the steps")
+    return timesteps
 
 
 def ddim_step(scheduler, z, prediction, t, t_next):

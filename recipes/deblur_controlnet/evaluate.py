@@ -9,6 +9,7 @@ images they are scored on. Writes scores.csv, metrics.json and grid.png."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ from skimage.restoration import richardson_lucy, wiener
 from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import folder_records, heldout_seed, item_seed, to_tensor
-from my_dataset.degradations import defocus_kernel, gaussian_kernel, motion_kernel
+from my_dataset.degradations import (
+    defocus_kernel,
+    gaussian_kernel,
+    linear_to_srgb,
+    motion_kernel,
+    srgb_to_linear,
+)
 from my_dataset.scored_pairs import load_pairs
 from recipes.deblur_controlnet import deblur
 from recipes.deblur_controlnet.deblur_controlnet import decode, encode
@@ -52,6 +59,7 @@ def parse_args(argv=None):
     add("--gaussian_sigma", type=float, default=3, help="px")
     add("--defocus_radius", type=float, default=5, help="px")
     add("--lens_strength", type=float, default=0.8, help="share of the blurred in the mixture, 0 to 1")
+    add("--linear_light", action="store_true", help="blur, and deconvolve, intensities instead of sRGB values")
     add("--prompt_by_type", action="store_true", help="tell the model the blur type; default: the empty prompt")
     add("--classical_rows", action=argparse.BooleanOptionalAction, default=True, help="score Wiener's filter and "
         "Richardson-Lucy")
@@ -88,22 +96,25 @@ def blur_kernel(blur_type, params):
     return make[blur_type](*params.values())
 
 
-def deconvolve(image, kernel, method):
-    """method(channel, kernel) of each channel of an image (H, W, 3) uint8, its borders mirrored so far that they do not
-    wrap around; the same comes out."""
+def deconvolve(image, kernel, linear_light, method):
+    """method(channel, kernel) of each channel of an image (H, W, 3) uint8, or of its light, its borders mirrored so far
+    that they do not wrap around; the same comes out."""
+    values = srgb_to_linear(image) if linear_light else image
     margin = min(2 * len(kernel), *(side - 1 for side in image.shape[:2]))
-    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric") / 255.0
+    padded = np.pad(values, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric") / 255.0
     channels = [method(padded[..., c], kernel) for c in range(3)]
     inside = np.stack(channels, axis=-1)[margin:-margin, margin:-margin]
-    return (np.clip(inside, 0, 1) * 255).round().astype(np.uint8)
+    values = np.clip(inside, 0, 1) * 255
+    return linear_to_srgb(values, np.dtype(np.uint8)) if linear_light else values.round().astype(np.uint8)
 
 
-def classical_rows(blurred, kernel):
+def classical_rows(blurred, kernel, linear_light=False):
     """Yields (row, image) of every trial of the two methods. blurred: (H, W, 3) uint8."""
+    deconvolved = partial(deconvolve, blurred, kernel, linear_light)
     for balance in WIENER_BALANCES:
-        yield f"wiener balance={balance:g}", deconvolve(blurred, kernel, lambda x, k, b=balance: wiener(x, k, b))
+        yield f"wiener balance={balance:g}", deconvolved(lambda x, k, b=balance: wiener(x, k, b))
     for count in LUCY_ITERATIONS:
-        yield f"lucy iterations={count}", deconvolve(blurred, kernel, lambda x, k, n=count: richardson_lucy(x, k, n))
+        yield f"lucy iterations={count}", deconvolved(lambda x, k, n=count: richardson_lucy(x, k, n))
 
 
 def main(args):
@@ -124,7 +135,7 @@ def main(args):
 
         def blur(image, rng, blur_type=blur_type, params=params):
             own = {name: rng.uniform(0, 180) if value is None else value for name, value in params.items()}
-            return apply_blur(image, blur_type, own), own
+            return apply_blur(image, blur_type, own | {"linear_light": args.linear_light}), own
 
         for index, record in enumerate(tqdm(records, desc=blur_type, unit="image", disable=None)):
             try:
@@ -137,7 +148,7 @@ def main(args):
                         rows["base"] = run_base(control, texts[blur_type], noise_seed)
                     if args.classical_rows:
                         rows |= {row: to_tensor(image)[None] for row, image in classical_rows(
-                            to_uint8(control[0]), blur_kernel(blur_type, own_params))}
+                            to_uint8(control[0]), blur_kernel(blur_type, own_params), args.linear_light)}
                     rows["deblurred"] = run(control, texts[blur_type], noise_seed)
                     rows["ceiling"] = round_trip(target)
                     own += [{"image": record.name, "crop": crop, "row": row} | measure(image, target)

@@ -229,7 +229,7 @@ def main(args):
     if args.t_max > table or args.strength * table > args.t_max:
         raise ValueError(f"--t_max {args.t_max} of {table} timesteps with --strength {args.strength:g}: sampling must "
                          "not begin beyond what is trained; lower one or raise the other")
-    deblur.sampling_timesteps(scheduler, args.num_inference_steps, args.strength)
+    deblur.sampling_timesteps(scheduler, args.num_inference_steps, args.strength, args.t_min)
     settings = {name: getattr(args, name) for name in (
         "image_size", "train_start", "t_min", "t_max", "use_augmentation", "proportion_empty_prompts",
         "num_inference_steps", "guidance_scale", "strength")} | {"base_model": identity["base_model"]}
