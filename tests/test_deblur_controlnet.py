@@ -954,7 +954,7 @@ def test_training_images_may_not_be_held_out_and_nothing_is_written_over(words, 
         train(words(learning_rate=1e-5, adam_weight_decay=0, resume_from_checkpoint="latest"))
     shutil.rmtree(tmp_path / "out" / "checkpoint-1")
     for given in ({}, {"resume_from_checkpoint": "latest"}):
-        with pytest.raises(ValueError, match="holds a finished ControlNet and no sound checkpoint"):
+        with pytest.raises(ValueError, match="holds a finished controlnet and no sound checkpoint"):
             train(words(max_train_steps=1, **given))
 
 

@@ -346,7 +346,7 @@ def test_where_the_slider_is_the_content_lora_is_too(command, tmp_path, monkeypa
 
 def test_fewer_steps_than_were_made_are_refused(command):
     run_training(command(train_iteration=4))
-    with pytest.raises(ValueError, match="--train_iteration 3: .* is at step 4 already"):
+    with pytest.raises(ValueError, match="is at step 4 already, and this command asks for 3"):
         run_training(command(train_iteration=3, resume_from_checkpoint="latest"))
 
 

@@ -56,6 +56,26 @@ VARIANTS = {
 }
 
 
+def test_no_resume_replaces_a_finished_lora_by_an_earlier_state_or_another_runs(train, tmp_path):
+    def contents():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    train("--max_train_steps 3 --checkpointing_steps 2")
+    train("--max_train_steps 2 --checkpointing_steps 1 --seed 7", f"--output_dir {tmp_path / 'other'}")
+    finished = contents()
+    with pytest.raises(ValueError, match="out is at step 3 already, and this command asks for 2; ask for more steps"):
+        train("--max_train_steps 2 --resume_from_checkpoint latest")
+    with pytest.raises(ValueError, match="checkpoint-1 is of another run than that in --output_dir .*; name another"):
+        train(f"--max_train_steps 3 --seed 7 --resume_from_checkpoint {tmp_path / 'other' / 'checkpoint-1'}")
+    assert contents() == finished
+    elsewhere = train(f"--max_train_steps 2 --seed 7 --resume_from_checkpoint {tmp_path / 'other' / 'checkpoint-1'}",
+                      f"--output_dir {tmp_path / 'third'}")
+    assert elsewhere == (tmp_path / "other" / lora.LORA_FILE).read_bytes()
+    with pytest.raises(ValueError, match="checkpoint-2 is at step 2 already, and this command asks for 1"):
+        train(f"--max_train_steps 1 --seed 7 --resume_from_checkpoint {tmp_path / 'other' / 'checkpoint-2'}",
+              f"--output_dir {tmp_path / 'fourth'}")
+
+
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS.keys())
 def test_resumed_run_equals_straight_run_to_the_bit(train, tmp_path, photos, flags):
     flags = flags.replace("IMAGE", str(photos / "heldout" / "photo_6.png"))

@@ -270,11 +270,14 @@ def start_run(accelerator, args, step, project):
     write_json(Path(args.output_dir) / "args.json", public_args(args))
     log_file = Path(args.output_dir) / "metrics.jsonl"
     if log_file.exists():
-        lines = [line for line in log_file.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        log_file.write_text("".join(line + "\n" for line in kept))
+        log_file.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(log_file) if row["step"] <= step))
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_args(args).items()}
     accelerator.init_trackers(project, config=config)
+
+
+def read_metrics(log_file):
+    """The rows of a metrics.jsonl, whose last line a kill may have cut."""
+    return [json.loads(line) for line in log_file.read_text().splitlines() if line.endswith("}")]
 
 
 def log_metrics(accelerator, output_dir, values, step):
@@ -365,13 +368,28 @@ def average_gradients(parameters, accelerator):
         parameter.grad = mean.view_as(parameter).clone()
 
 
-def resume(args, identity):
-    """(step, state) of the checkpoint that --resume_from_checkpoint names, or (0, None) for a new run."""
-    path = checkpoint.find(args.output_dir, args.resume_from_checkpoint)
-    if path is None and (Path(args.output_dir) / LORA_FILE).exists():
-        raise ValueError(f"--output_dir {args.output_dir} holds a finished LoRA and no sound checkpoint, so a new run "
-                         "would write over it; name another folder")
-    return checkpoint.load(path, identity) if path else (0, None)
+def resume(args, identity, result=LORA_FILE):
+    """(step, state) of the checkpoint that --resume_from_checkpoint names, or (0, None) for a new run. result: name of
+    what a finished run leaves in --output_dir. ValueError where it, or a checkpoint, would be lost."""
+    folder = Path(args.output_dir)
+    path = checkpoint.find(folder, args.resume_from_checkpoint)
+    is_finished = (folder / result).exists()
+    if path is None:
+        if is_finished:
+            raise ValueError(f"--output_dir {folder} holds a finished {result} and no sound checkpoint, so a new run "
+                             "would write over it; name another folder")
+        return 0, None
+    if path.resolve().parent != folder.resolve() and (is_finished or checkpoint.any_checkpoint(folder)):
+        raise ValueError(f"--resume_from_checkpoint {path} is of another run than that in --output_dir {folder}, which "
+                         "would be written over; name another folder")
+    step, state = checkpoint.load(path, identity)
+    log_file = folder / "metrics.jsonl"
+    rows = read_metrics(log_file) if is_finished and log_file.exists() else []  # may have gone on
+    reached = max([step, *(row["step"] for row in rows)])
+    if reached > args.max_train_steps:
+        raise ValueError(f"{folder if rows else path} is at step {reached} already, and this command asks for "
+                         f"{args.max_train_steps}; ask for more steps, or name another --output_dir")
+    return step, state
 
 
 def collect_state(models, optimizer, lr_scheduler, ema):

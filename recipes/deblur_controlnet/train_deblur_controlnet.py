@@ -211,10 +211,7 @@ def main(args):
         "t_max")}
     identity |= {"base_model": flux.model_id(args.pretrained_model_name_or_path), "images": len(dataset),
                  "processes": accelerator.num_processes}
-    step, state = run.resume(args, identity)
-    if state is None and (output / deblur.MODEL_FOLDER).exists():
-        raise ValueError(f"--output_dir {output} holds a finished ControlNet and no sound checkpoint, so a new run "
-                         "would write over it; name another folder")
+    step, state = run.resume(args, identity, result=deblur.MODEL_FOLDER)
 
     # --- models. The handful of prompts is encoded once, on the CPU, and CLIP is gone before training.
     pipe = deblur.load_base(args.pretrained_model_name_or_path)

@@ -131,8 +131,6 @@ def main(args):
         optimizer = run.make_optimizer(parameters, args, accelerator.num_processes)
         lr_scheduler = run.make_lr_scheduler(optimizer, args)
         step, state = run.resume(args, identity)
-        if step > args.train_iteration:
-            raise ValueError(f"--train_iteration {args.train_iteration}: {args.output_dir} is at step {step} already")
         models = dict.fromkeys(names, pipe.transformer)
         if state:
             run.load_state(state, models, optimizer, lr_scheduler, ema=None)
