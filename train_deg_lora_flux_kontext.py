@@ -18,7 +18,7 @@ from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
-from my_dataset.streaming import add_stream_args
+from my_dataset.streaming import add_stream_args, check_shards
 from utils import flow_matching as fm
 from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
@@ -115,6 +115,8 @@ def main(args):
 
     accelerator, dtype = run.make_accelerator(args, can_shard=True)
     validation_steps = run.plan_steps(args, dataset.images, accelerator.num_processes)
+    if dataset.stream:
+        check_shards(dataset.stream, accelerator.num_processes)
     settings, device = make_settings(args), accelerator.device
     validation_prompt = args.validation_prompt or args.instance_prompt
     prompts = [record.prompt or args.instance_prompt for record in dataset.records] + [validation_prompt]

@@ -24,8 +24,7 @@ COPIES, SHARDS, FIRST_STEPS = 16, 4, 5
 
 
 def write_images(folder):
-    """COPIES of the PNGs among the sample photographs in folder/photos, and the same in SHARDS tars in folder/tars: a
-    stream holds images of one format."""
+    """COPIES of the PNGs among the sample photographs in folder/photos, and the same in SHARDS tars in folder/tars."""
     photos, tars = folder / "photos", folder / "tars"
     photos.mkdir()
     tars.mkdir()

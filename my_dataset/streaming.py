@@ -3,52 +3,76 @@ what fits no disk. The order is a function of (seed, epoch) here too, which the 
 webdataset forget on a resume."""
 
 import contextlib
+import functools
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils.data import Sampler
 
-from my_dataset.dataset_deg_paired import ORDER_STREAM, Record, cell_content, find_column, item_rng, load_table
-from my_dataset.images import UnreadableImage, image_size
-from my_dataset.tar_shards import column_name
+from my_dataset.dataset_deg_paired import ORDER_STREAM, cell_content, item_rng, load_table, read
+from my_dataset.images import MAX_PIXELS, UnreadableImage, image_size
+from my_dataset.tar_shards import (
+    Fault,
+    column_name,
+    find_columns,
+    is_tar_folder,
+    make_record,
+    read_index,
+    shard_records,
+)
 
 LANES = 4  # shards that are read in turns, at least, so that 1, 2 and 4 processes train on the same batches
-BLOCK = 128  # samples of a shard that are shuffled among themselves; as many files are in memory, for every lane
-SPARES = 2  # samples that follow, for one that cannot be decoded
+BLOCK = 128  # samples of a shard that are shuffled among themselves; a table's are in memory, for every lane
+SPARES = 2  # samples that follow, for one that cannot be decoded or has no image
 
 
 class Stream:
-    """The shards of an IterableDataset of `datasets` with undecoded image columns. control: a column, or None."""
+    """`shards`: how many. records(shard): the Records of one of them, in its own order."""
 
-    def __init__(self, table, name, target, control=None):
-        self.table, self.name, self.target, self.control = table, name, target, control
-        self.shards = table.num_shards
+    def __init__(self, name, shards, records):
+        self.name, self.shards, self.records = name, shards, records
 
     def __str__(self):
         return f"{self.shards} streamed shards of {self.name}"
 
-    def records(self, shard):
-        """The Records of one shard, in its own order."""
-        for row, cells in enumerate(self.table.shard(self.shards, shard)):
-            name = f"{self.name}[{shard}][{row}]"
-            try:
-                control = cell_content(cells[self.control], name) if self.control else None
-                yield Record(name, cell_content(cells[self.target], name), control)
-            except UnreadableImage:
-                yield Record(name, b"")  # what loads it says so, and takes the next one
-
     def first(self):
-        """A first Record that is an image. ValueError where there is none."""
+        """A first Record whose files are images. ValueError where there is none."""
         for shard in range(self.shards):
             for record in self.records(shard):
                 with contextlib.suppress(UnreadableImage):
-                    image_size(record.target, name=record.name)
+                    for source in filter(None, (record.target, record.control)):
+                        read(source, MAX_PIXELS, record.name, image_size)
                     return record
         raise ValueError(f"--dataset_name {self.name}: not one image in {self.shards} shards")
+
+
+def tar_shard(paths, columns, shard):
+    """Records of the tar paths[shard]; columns: those of the targets and of the controls, or None."""
+    return shard_records(paths[shard], read_index(paths[shard]), *columns)
+
+
+def table_shard(table, name, columns, shard):
+    """Records of a shard of an IterableDataset of `datasets` with undecoded image columns; columns: as above."""
+    for row, cells in enumerate(table.shard(table.num_shards, shard)):
+        images = [_image(cells[column], column) if column else None for column in columns]
+        yield make_record(f"{name}[{shard}][{row}]", *images)
+
+
+def _image(cell, column):
+    try:
+        return cell_content(cell, column)
+    except UnreadableImage:
+        return Fault(f"column {column} is empty")
+
+
+def check_shards(stream, processes):
+    """ValueError for fewer shards than processes."""
+    if stream.shards < processes:
+        raise ValueError(f"--streaming: {stream} for {processes} processes; store at least one shard for each, or "
+                         "leave out --streaming")
 
 
 def add_stream_args(parser):
@@ -58,9 +82,8 @@ def add_stream_args(parser):
 
 
 def stream_from_args(args, image_column, cond_image_column, caption_column):
-    """The Stream that --dataset_name and --streaming ask for. ValueError naming the flag that does not go with it."""
-    import datasets
-
+    """The Stream that --dataset_name and --streaming ask for; a folder of tars has the columns of its first shard with
+    samples. ValueError naming the flag that does not go with it."""
     if args.use_bucket_sampler or args.aspect_ratio_buckets:
         raise ValueError("--streaming knows no image's size before it comes, so all crops are square; leave out "
                          "--use_bucket_sampler and --aspect_ratio_buckets, or --streaming")
@@ -68,24 +91,30 @@ def stream_from_args(args, image_column, cond_image_column, caption_column):
         raise ValueError("--streaming: texts are encoded before training, so there is one prompt, --instance_prompt; "
                          "leave out --caption_column, or --streaming")
     name = args.dataset_name
+    if is_tar_folder(name):  # `datasets` would take the columns of the first samples, and of no later type of image
+        paths = sorted(Path(name).glob("*.tar"))
+        samples = next(filter(None, map(read_index, paths)), {})
+        _, *columns = find_columns(list(samples.values()), name, image_column, cond_image_column)
+        return Stream(name, len(paths), functools.partial(tar_shard, paths, columns))
+    import datasets
+
     table = load_table(name, args.dataset_config_name, getattr(args, "cache_dir", None), streaming=True)
     if not table.features:
         raise ValueError(f"--streaming: {name} does not say which columns it has; store it as parquet or tar shards")
     plain = {column_name(column): column for column in table.features}
-    columns = SimpleNamespace(column_names=list(plain))
-    image = find_column(columns, name, "--image_column", image_column, ("clean", "image"), is_needed=True)
-    control = find_column(columns, name, "--cond_image_column", cond_image_column, ("degraded",))
-    used = [plain[column] for column in (image, control) if column]
+    _, *columns = find_columns([plain], name, image_column, cond_image_column)
+    columns = [plain.get(column) for column in columns]
+    used = list(filter(None, columns))
     for column in used:
         if not isinstance(table.features[column], datasets.Image):
             raise ValueError(f"--image_column, --cond_image_column: {column} is not an image column of {name}")
         table = table.cast_column(column, datasets.Image(decode=False))
-    return Stream(table.select_columns(used), name, *used)
+    return Stream(name, table.num_shards, functools.partial(table_shard, table.select_columns(used), name, columns))
 
 
 class StreamBatchSampler(Sampler):
-    """Endless sampler of batches [(index, epoch, Records), ...] of a Stream, with the samples' content in them: what
-    decodes them may be any number of loader processes.
+    """Endless sampler of batches [(index, epoch, Records), ...] of a Stream, with the samples' content or place in
+    them: what decodes them may be any number of loader processes.
 
     In every epoch the shards are dealt, in an order given by (seed, epoch), to a number of lanes, each of which goes
     through its shards, and on to its next epoch, by itself; within a shard every BLOCK of samples is shuffled. Batch i
@@ -104,9 +133,7 @@ class StreamBatchSampler(Sampler):
         self.rank, processes = 0, 1
         if torch.distributed.is_initialized():
             self.rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if stream.shards < processes:
-            raise ValueError(f"--streaming: {stream} for {processes} processes; store at least one shard for each, or "
-                             "leave out --streaming")
+        check_shards(stream, processes)
         self.stream, self.batch_size, self.seed, self.start, self.folder = stream, batch_size, seed, start, Path(folder)
         self.processes = processes
         self.lanes = min(processes * math.ceil(LANES / processes), stream.shards // processes * processes)
@@ -138,8 +165,9 @@ class StreamBatchSampler(Sampler):
                     index = (shard << 32) + row
                     places = item_rng(self.seed, epoch, index + 1, ORDER_STREAM).permutation(len(block)).tolist()
                     for i in range(skip, len(block)):
-                        others = [block[place] for place in (places * 2)[i + 1 : i + 1 + min(SPARES, len(block) - 1)]]
-                        yield index + places[i], epoch, (block[places[i]], *others)
+                        following = (block[place] for place in (places * 2)[i + 1 : i + len(block)])
+                        spares = itertools.islice((record for record in following if not record.fault), SPARES)
+                        yield index + places[i], epoch, (block[places[i]], *spares)
                     skip, row = max(skip - len(block), 0), row + len(block)
                 if shard not in lengths:
                     lengths[shard] = row
@@ -147,10 +175,16 @@ class StreamBatchSampler(Sampler):
                         file.write(f"{shard} {row}\n")
 
     def _read_lengths(self):
-        """{shard: number of its samples}, as far as any process has noted them; a kill may have cut the last line."""
-        lines = [line for path in self.folder.glob("shard_lengths_*.txt")
-                 for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        return {int(shard): int(length) for shard, length in map(str.split, lines)}
+        """{shard: number of its samples}, as far as any process has noted them; none at the start of a run, where the
+        notes are of another run, maybe of other shards."""
+        lengths = {}
+        for path in self.folder.glob("shard_lengths_*.txt"):
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1] if self.start else ""
+            if whole != text and int(path.stem.rpartition("_")[2]) % self.processes == self.rank:
+                path.write_text(whole, encoding="utf-8")  # or the next note would go on where a kill has cut the last
+            lengths |= {int(shard): int(length) for shard, length in map(str.split, whole.splitlines())}
+        return lengths
 
 
 def ahead(iterator):

@@ -26,7 +26,7 @@ from my_dataset.dataset_deg_paired import (
     read,
 )
 from my_dataset.degradations import make_degrader
-from my_dataset.streaming import BLOCK, LANES, StreamBatchSampler, add_stream_args
+from my_dataset.streaming import BLOCK, LANES, StreamBatchSampler, add_stream_args, check_shards
 from my_dataset.tar_shards import column_name, tar_records
 from tests.conftest import photograph
 from utils.parse import make_parser
@@ -74,6 +74,11 @@ def parse(*argv, output_dir="."):
 def dataset(*argv, output_dir="."):
     args = parse(*argv, output_dir=output_dir)
     return dataset_from_args(args, NOISE, "restore", args.seed), args
+
+
+def place(stream, index):
+    """What the sample is called that an index stands for."""
+    return list(stream.records(index >> 32))[index & (2**32 - 1)].name
 
 
 def order(stream, folder, batches, start=0, batch_size=2):
@@ -141,6 +146,22 @@ def test_a_damaged_image_in_a_tar_is_left_out_by_name_and_a_missing_half_too(tmp
     assert reasons == {"text": "not an image", "half": "no degraded"}
 
 
+def test_a_prompt_that_is_not_utf8_costs_its_own_sample_only_and_only_where_it_is_used(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(crop(0)), "a.txt": "caf\u00e9".encode("latin-1"),
+                                   "b.png": png(crop(1)), "b.txt": b"text", "b.note.txt": b"\xff"})
+    data, _ = dataset("--dataset_name", tmp_path)
+    assert [record.prompt for record in data.records] == ["text"]
+    ((path, reason),) = data.unreadable
+    assert Path(path).name == "a" and reason.startswith("a.txt is not UTF-8")
+
+
+def test_a_second_file_for_the_same_image_of_a_sample_is_a_fault_with_its_name(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.jpg": png(crop(0)), "a.png": png(crop(1)), "b.png": png(crop(2))})
+    data, _ = dataset("--dataset_name", tmp_path)
+    assert [Path(record.name).name for record in data.records] == ["b"]
+    assert data.unreadable == [(f"{tmp_path}/a.tar/a", "a.png is one more image; keep one")]
+
+
 @pytest.mark.parametrize("content", [b"\x1f\x8b" + bytes(600), b"short"])
 def test_a_tar_that_is_compressed_or_no_tar_is_refused_by_name(content, tmp_path):
     (tmp_path / "a.tar").write_bytes(content)
@@ -175,8 +196,7 @@ def test_a_streamed_sample_is_that_of_its_file_degraded_by_its_own_seed(shards, 
     for i, path in enumerate(batch["path"]):
         assert torch.equal(batch["target"][i], loose[names.index(path)]["target"])
         assert not torch.equal(batch["target"][i], batch["control"][i])
-        shard, row = (int(part.rstrip("]")) for part in path.split("[")[1:])
-        assert batch["index"][i] == (shard << 32) + row
+        assert place(data.stream, batch["index"][i].item()) == path
     assert batch["prompt"] == ["restore"] * 2 and len(set(batch["seed"])) == 2
 
 
@@ -185,8 +205,7 @@ def test_every_epoch_of_a_stream_is_every_sample_once_in_another_order(stream, t
     epochs = [[index for index, epoch, _ in seen if epoch == number] for number in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [(shard << 32) + i for shard in range(5) for i in range(shard + 2)]
     assert epochs[0] != epochs[1]
-    assert all((shard, row) == (index >> 32, index & (2**32 - 1)) for index, _, name in seen
-               for shard, row in [[int(part.rstrip("]")) for part in name.split("[")[1:]]])
+    assert all(place(stream, index) == name for index, _, name in seen)
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -201,10 +220,31 @@ def test_a_stream_goes_on_exactly_where_it_was_whether_its_shards_are_known_or_n
 
 def test_shards_whose_length_is_known_are_not_read_again(stream, tmp_path, monkeypatch):
     order(stream, tmp_path, 60)
-    opened, records = [], streaming.Stream.records
-    monkeypatch.setattr(streaming.Stream, "records", lambda self, shard: opened.append(shard) or records(self, shard))
+    opened, records = [], stream.records
+    monkeypatch.setattr(stream, "records", lambda shard: opened.append(shard) or records(shard))
     order(stream, tmp_path, 1, start=56)  # of about 120 samples, the last ones
     assert 1 <= len(opened) <= 4
+
+
+def test_notes_on_the_shards_of_an_earlier_run_are_forgotten_at_the_start_of_a_new_one(tmp_path):
+    def write(images):
+        mixed_tars(tmp_path, [["png"] * images] * 4)
+        return dataset("--dataset_name", tmp_path, "--streaming")[0].stream
+
+    order(write(8), tmp_path, 30)
+    (tmp_path / "shard_lengths_3.txt").write_text("0 8\n1 8\n")  # of a process that there is no more
+    stream = write(5)
+    straight = order(stream, tmp_path, 40)
+    assert order(stream, tmp_path, 20, start=20) == straight[20:]
+
+
+def test_a_note_that_a_kill_has_cut_does_not_spoil_the_next_one(stream, tmp_path):
+    straight = order(stream, tmp_path, 50)
+    notes = tmp_path / "shard_lengths_0.txt"
+    notes.write_text(notes.read_text()[:4] + "1")
+    order(stream, tmp_path, 30, start=20)
+    assert order(stream, tmp_path, 10, start=40) == straight[40:]
+    assert {tuple(map(int, line.split())) for line in notes.read_text().splitlines()} == {(i, i + 2) for i in range(5)}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -232,8 +272,12 @@ def test_fewer_shards_than_processes_are_refused(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    with pytest.raises(ValueError, match="5 streamed shards of .* for 6 processes; store at least one shard for each"):
+    message = "5 streamed shards of .* for 6 processes; store at least one shard for each"
+    with pytest.raises(ValueError, match=message):
         StreamBatchSampler(stream, 2, 3, 0, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_shards(stream, 6)
+    check_shards(stream, 5)
 
 
 def test_a_block_of_a_shard_is_shuffled_and_kept_to_itself(stream, tmp_path, monkeypatch):
@@ -251,15 +295,45 @@ def test_a_streamed_image_that_cannot_be_decoded_is_replaced_by_the_next_and_nam
     data, args = dataset("--dataset_name", tmp_path, "--streaming", output_dir=tmp_path)
     batches = list(itertools.islice(iter(make_loader(data, collate_fn, args)), 6))
     skipped = sum((sum(batch["skipped"], []) for batch in batches), [])
-    assert len(skipped) >= 2 and all("[1]: " in text for text in skipped)
-    assert not any(path.endswith("[1]") for batch in batches for path in batch["path"])
+    assert len(skipped) >= 2 and all(".tar/b: " in text for text in skipped)
+    assert not any(path.endswith("/b") for batch in batches for path in batch["path"])
+
+
+def mixed_tars(folder, extensions):
+    """A tar per entry of `extensions`, a list of lists, with an image per extension in it."""
+    for shard, kinds in enumerate(extensions):
+        write_tar(folder / f"{shard}.tar", {f"{shard}-{i:02}.{kind}": png(crop(i)) for i, kind in enumerate(kinds)})
+
+
+@pytest.mark.parametrize("extensions", [
+    [["jpg"] * 8 + ["png"] * 4], [["jpg"] * 3, ["JPG"] * 3], [["png", "jpg"] * 3], [[], ["png", "webp"]]])
+def test_a_stream_has_every_image_that_the_index_has_whatever_its_type_and_name(extensions, tmp_path):
+    mixed_tars(tmp_path, extensions)
+    data, _ = dataset("--dataset_name", tmp_path, "--streaming")
+    streamed = [record for shard in range(len(extensions)) for record in data.stream.records(shard)]
+    assert len(streamed) == sum(map(len, extensions)) and not any(record.fault for record in streamed)
+    assert streamed == tar_records(tmp_path)
+
+
+def test_streamed_samples_without_an_image_are_named_and_replaced_however_many_follow_each_other(tmp_path):
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {"a.png": png(crop(shard))} | {f"{i}.txt": b"text" for i in range(9)})
+    data, args = dataset("--dataset_name", tmp_path, "--streaming", output_dir=tmp_path)
+    batches = list(itertools.islice(iter(make_loader(data, collate_fn, args)), 10))
+    skipped = sum((sum(batch["skipped"], []) for batch in batches), [])
+    assert len(set(skipped)) == 18 and all(text.endswith(": no image") for text in skipped)
+    assert all(path.endswith("/a") for batch in batches for path in batch["path"])
+
+
+def test_a_tar_that_has_one_image_of_a_sample_twice_is_no_sample_of_a_stream_either(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.jpg": png(crop(0)), "a.png": png(crop(1)), "b.png": png(crop(2))})
+    assert dataset("--dataset_name", tmp_path, "--streaming")[0].records[0].name.endswith("/b")
 
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--use_bucket_sampler"], "square; leave out --use_bucket_sampler"),
     (["--caption_column", "prompt"], "leave out --caption_column"),
-    (["--image_column", "photo"], r"--image_column photo: .* has the columns image, __key__"),
-    (["--image_column", "__key__"], "__key__ is not an image column"),
+    (["--image_column", "photo"], r"--image_column photo: .* has the columns image$"),
 ])
 def test_what_a_stream_cannot_do_is_refused_with_the_flag(more, message, shards):
     with pytest.raises(ValueError, match=message):
@@ -268,14 +342,19 @@ def test_what_a_stream_cannot_do_is_refused_with_the_flag(more, message, shards)
 
 def test_parquet_shards_with_pairs_are_streamed_too(tmp_path):
     for shard in range(2):
-        rows = [{"bytes": png(crop(2 * shard + i)), "path": None} for i in range(2)]
-        table = datasets.Dataset.from_dict({"clean": rows, "degraded": rows, "label": [0, 1]}).cast(datasets.Features(
-            {"clean": datasets.Image(), "degraded": datasets.Image(), "label": datasets.Value("int64")}))
-        table.to_parquet(tmp_path / f"{shard}.parquet")
+        rows = [{"bytes": png(crop(2 * shard + i)), "path": None} for i in range(2)] + [None]
+        table = datasets.Dataset.from_dict({"clean": rows, "degraded": rows, "label": range(3)})
+        features = {"clean": datasets.Image(), "degraded": datasets.Image(), "label": datasets.Value("int64")}
+        table.cast(datasets.Features(features)).to_parquet(tmp_path / f"{shard}.parquet")
     data, args = dataset("--dataset_name", tmp_path, "--streaming", output_dir=tmp_path)
     assert data.is_paired and data.stream.shards == 2
-    batch = next(iter(make_loader(data, collate_fn, args)))
-    assert torch.equal(batch["target"], batch["control"])  # degraded is the same image, and was not degraded again
+    batches = list(itertools.islice(iter(make_loader(data, collate_fn, args)), 6))
+    for batch in batches:  # degraded is the same image, and was not degraded again
+        assert torch.equal(batch["target"], batch["control"])
+    skipped = {text for batch in batches for texts in batch["skipped"] for text in texts}
+    assert skipped == {f"{tmp_path}[{shard}][2]: column clean is empty" for shard in range(2)}
+    with pytest.raises(ValueError, match="label is not an image column"):
+        dataset("--dataset_name", tmp_path, "--streaming", "--image_column", "label")
 
 
 def test_the_share_of_waiting_is_a_mean_over_the_steps_after_the_first_ones(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
@@ -230,6 +231,17 @@ def test_a_dry_run_loads_no_model(module, tiny_model, photos, tmp_path, monkeypa
     assert module.main(module.parse_args([*argv, *["--degradation_types", "noise"] * (module is script)])) is None
     printed = capsys.readouterr().out
     assert "images       6" in printed and "rank" in printed and not list(tmp_path.iterdir())
+
+
+def test_a_stream_with_fewer_shards_than_processes_is_refused_in_the_dry_run(tiny_model, photos, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        tar.add(photos / "train" / "photo_0.png", "a.png")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    args = script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--dataset_name", str(tmp_path),
+                              *"--streaming --max_train_steps 1 --validation_steps 1 --resolution 32 --dry_run".split(),
+                              "--degradation_types", "noise", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="--streaming: 1 streamed shards of .* for 2 processes"):
+        script.main(args)
 
 
 @pytest.mark.parametrize(("environment", "expected"), [
