@@ -127,6 +127,7 @@ def main(args):
     identity = run.identity(args, settings, images, accelerator.num_processes,
                             more=("degradation_types", "degradation_preset"))
     identity["base_precision"] = plan.base_precision
+    lpips = validation.load_lpips(args.lpips_backbone)
     step, state = run.resume(args, identity)
     if args.dry_run:
         return run.print_plan(accelerator, args, images, step, validation_steps, plan)
@@ -148,7 +149,6 @@ def main(args):
     perceptual = None
     if args.perceptual_loss:
         perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to(device)
-    lpips = validation.load_lpips(args.lpips_backbone)
 
     models = {"transformer": pipe.transformer}
     optimizer = run.make_optimizer(lora_parameters, args, accelerator.num_processes)

@@ -72,17 +72,18 @@ def read_caption(image):
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def folder_examples(folder, reference_folders=()):
-    """The images below a folder with the captions beside them; in each of `reference_folders` every one has a partner
-    of the same relative path, whatever the extension. ValueError listing the first 5 without partner."""
+def folder_examples(folder, reference_folders=(), caption_of=read_caption):
+    """The images below a folder with the captions beside them, caption_of(path); in each of `reference_folders` every
+    one has a partner of the same relative path, whatever the extension. ValueError listing the first 5 without
+    partner."""
     if not reference_folders:
-        return [Example(str(path), path, (), read_caption(path)) for path in list_images(folder)]
+        return [Example(str(path), path, (), caption_of(path)) for path in list_images(folder)]
     targets, partners = by_stem(folder), [by_stem(reference) for reference in reference_folders]
     for reference_folder, found in zip(reference_folders, partners, strict=True):
         if alone := sorted(targets.keys() ^ found.keys()):
             raise ValueError(f"{len(alone)} images of {folder} and {reference_folder} have no partner: "
                              f"{', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}; add or remove them")
-    return [Example(str(path), path, tuple(found[stem] for found in partners), read_caption(path))
+    return [Example(str(path), path, tuple(found[stem] for found in partners), caption_of(path))
             for stem, path in targets.items()]
 
 

@@ -1,10 +1,10 @@
-"""The latent cache: what comes out is what the VAE gives, whatever happened to the files."""
+"""The caches on disk: what comes out is what the VAE and the text encoders give, whatever happened to the files."""
 
 import pytest
 import torch
 
 from utils import cache, flux
-from utils.cache import encode_cached
+from utils.cache import TextCache, encode_cached
 
 
 @pytest.fixture
@@ -103,3 +103,17 @@ def test_an_interrupted_write_leaves_no_entry(tiny_pipe, images, tmp_path, monke
             encode_cached(tiny_pipe.vae, images[:1], tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     assert torch.equal(encode_cached(tiny_pipe.vae, images[:1], tmp_path), flux.encode(tiny_pipe.vae, images[:1]))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
+def test_a_damaged_text_counts_as_missing_and_is_written_anew(tmp_path, damage):
+    texts = TextCache(tmp_path / "texts", "encoders")
+    assert "a cat" not in texts
+    texts["a cat"] = flux.TextEmbeds(torch.rand(1, 8, 4), torch.rand(1, 6))
+    entry, = (tmp_path / "texts").iterdir()
+    whole = entry.read_bytes()
+    assert "a cat" in texts and "a dog" not in texts
+    entry.write_bytes(whole[:-10] if damage is None else damage)
+    assert "a cat" not in texts
+    texts["a cat"] = flux.TextEmbeds(torch.ones(1, 8, 4), torch.ones(1, 6))
+    assert "a cat" in texts and texts["a cat"].prompt.sum() == 32

@@ -257,15 +257,27 @@ def test_an_absent_hub_model_without_network_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_model_folder_keeps_the_library_error_that_names_the_file(tiny_model, tmp_path):
+def test_a_broken_model_folder_is_one_line_that_names_the_file(tiny_model, tmp_path):
     import shutil
 
     broken = tmp_path / "model"
     shutil.copytree(tiny_model, broken)
     for file in (broken / "transformer").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(OSError, match="transformer"):
+    with pytest.raises(ValueError, match=r"cannot be loaded \(.*no file named diffusion_pytorch_model.safetensors.*"
+                       r"/transformer\); download or copy it again") as caught:
         flux.load_pipeline(str(broken))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variant_that_is_not_there_is_refused_by_its_flag(tiny_model):
+    with pytest.raises(ValueError, match="--variant fp16: .* has no such files"):
+        flux.load_pipeline(tiny_model, variant="fp16")
+
+
+def test_an_accident_of_a_library_is_not_taken_for_a_broken_model():
+    with pytest.raises(ValueError, match="^an accident$"), flux.fetching("some/model", "fp16"):
+        raise ValueError("an accident")
 
 
 def test_weights_are_read_from_safetensors_only(tiny_model, tmp_path):
@@ -278,7 +290,7 @@ def test_weights_are_read_from_safetensors_only(tiny_model, tmp_path):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="no file named diffusion_pytorch_model.safetensors .*vae"):
         flux.load_pipeline(str(folder))
 
 

@@ -174,7 +174,7 @@ def test_a_layer_name_matches_whole_names_only(tiny_pipe):
     ("ema_decay", 1.0),
 ])
 def test_impossible_lora_numbers_are_refused_by_name(name, value):
-    args = SimpleNamespace(rank=4, lora_alpha=None, lora_dropout=0.0, ema_decay=0.999)
+    args = SimpleNamespace(rank=4, lora_layers=None, lora_alpha=None, lora_dropout=0.0, ema_decay=0.999)
     lora.check_lora_args(args)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"--{name} {value}"):

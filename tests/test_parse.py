@@ -89,7 +89,8 @@ def test_a_config_can_leave_a_switch_off(parser, config):
 
 @pytest.mark.parametrize(("text", "word"), [
     ("rnak: 4\n", "rnak"), ("rank: four\n", "rank"), ("rank: 1.5\n", "rank"), ("kind: c\n", "kind"),
-    ("learning_rate: fast\n", "learning_rate"),
+    ("learning_rate: fast\n", "learning_rate"), ("foo:\n  rank: 4\n", "foo is a section"),
+    ("config: other.yaml\n", "config is no key"),
 ])
 def test_an_unknown_key_or_a_wrong_type_in_a_config_exits_with_2_naming_it(parser, config, capsys, text, word):
     with pytest.raises(SystemExit) as stop:

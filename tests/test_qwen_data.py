@@ -196,6 +196,18 @@ def test_captions_are_read_from_text_or_json(folder):
     assert read == {kind: [f"{word} {i}" for i in range(7)] for kind, word in (("txt", "number"), ("json", "json"))}
 
 
+@pytest.mark.parametrize("is_edit", [False, True])
+def test_text_files_beside_json_captions_are_not_read(folder, is_edit):
+    for i in range(7):
+        (folder / "images" / f"{i}.json").write_text(json.dumps({"caption": "json"}))
+    (folder / "images" / "0.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    control_dir = folder / "control_images" if is_edit else None
+    dataset = CustomImageDataset(folder / "images", 32, "json", control_dir=control_dir)
+    assert {example.prompt for example in dataset.examples} == {"json"}
+    with pytest.raises(ValueError, match="0.txt: not UTF-8"):
+        CustomImageDataset(folder / "images", 32, "txt", control_dir=control_dir)
+
+
 def remove_captions(images):
     (images / "2.txt").unlink()
     (images / "4.txt").write_text(" \n")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from my_dataset.dataset_deg_paired import to_tensor
 from recipes.qwen_image import example, inference, options, qwen, tiny, train
 from recipes.qwen_image.image_datasets.dataset import CustomImageDataset
-from recipes.qwen_image.options import DATA_KEYS, make_qwen_parser, parse_qwen_args
+from recipes.qwen_image.options import ALIASES, DATA_KEYS, make_qwen_parser, parse_qwen_args
 from tests.conftest import equal, read_summary, run_on_two_processes
 from utils import flux, lora
 from utils.flow_matching import clean_from_velocity
@@ -436,6 +436,19 @@ def test_a_resume_from_disk_caches_encodes_nothing_and_takes_the_folder_wherever
         run(model, moved, tmp_path / "out", *more, 5, "--resume_from_checkpoint", "latest")
 
 
+def test_a_damaged_text_on_disk_is_encoded_anew_on_a_resume(model, data, tmp_path, monkeypatch):
+    more = "--save_cache_on_disk --checkpointing_steps 2 --max_train_steps".split()
+    straight = run(model, data, tmp_path / "straight", *more, 4)
+    run(model, data, tmp_path / "out", *more, 2)
+    broken, *_ = (tmp_path / "out" / "cache" / "text_embs").iterdir()
+    broken.write_bytes(broken.read_bytes()[:40])
+    encoded, encode = [], QwenImagePipeline.encode_prompt
+    monkeypatch.setattr(QwenImagePipeline, "encode_prompt", lambda pipe, prompt, **more: encoded.append(
+        prompt) or encode(pipe, prompt, **more))
+    resumed = run(model, data, tmp_path / "out", *more, 4, "--resume_from_checkpoint", "latest")
+    assert len(encoded) == 1 and equal(resumed.values(), straight.values())
+
+
 def test_processes_share_the_work_of_disk_caches_and_each_gets_all_of_it(edit_model, data, tmp_path, monkeypatch):
     dataset = CustomImageDataset(data / "images", 64, control_dir=data / "control_images")
     ranks = [SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank, "num_processes": 2}) for rank in range(2)]
@@ -517,6 +530,15 @@ def test_other_kinds_of_lora_load_in_the_stock_pipeline(model, data, tmp_path, o
     assert stock.get_active_adapters()
 
 
+@pytest.mark.parametrize("layers", ["attn.to_qq", "attn.to_q,proj_mlp"])
+def test_a_layer_that_the_model_has_not_is_refused_before_anything_is_encoded(model, data, tmp_path, monkeypatch,
+                                                                             layers):
+    monkeypatch.setattr(flux, "load_pipeline", None)  # no part of the model is even loaded
+    wrong = layers.rpartition(",")[2]
+    with pytest.raises(ValueError, match=f"--lora_layers {wrong}: the model has no such linear layer; .*attn.to_q"):
+        run(model, data, tmp_path / "out", "--precompute_image_embeddings", "--lora_layers", layers)
+
+
 @pytest.mark.parametrize("kind", ["edit_model", "plus_model"])
 def test_an_edit_lora_trains_and_validates_with_the_stock_pipeline(kind, request, data, tmp_path, small_edits):
     picture = data / "control_images" / "0.png"
@@ -575,6 +597,8 @@ def test_overrides_win_over_the_file_and_plain_options_over_both(tmp_path, monke
                  "data_config.random_ratio=true", "--set", "rank=8", "--set", "train_batch_size=2", "--rank", 4)
     assert (args.img_size, args.quantize, args.base_precision, args.random_ratio) == (512, False, None, True)
     assert (args.rank, args.train_batch_size) == (4, 2)
+    for name in ("num_workers", "data_config.num_workers", "dataloader_num_workers"):
+        assert parse(*config, "--set", f"{name}=1").dataloader_num_workers == 1  # 4 below data_config
     without_file = parse("--pretrained_model_name_or_path", "a/b", "--set", "data_config.img_dir=x")
     assert without_file.img_dir == "x" and without_file.rank == 16
 
@@ -584,8 +608,18 @@ def test_overrides_win_over_the_file_and_plain_options_over_both(tmp_path, monke
     ("data_config:\n  rank: 4", [], "data_config has no rank"),
     ("", ["--set", "data_config.size=4"], "data_config has no size"),
     ("", ["--set", "model.rank=4"], "model.rank"),
-    ("train_batch_size: 1\ndata_config:\n  train_batch_size: 2", [], "train_batch_size is 1, and below data_config 2"),
+    ("train_batch_size: 1\ndata_config:\n  train_batch_size: 2", [],
+     "train_batch_size is 1, and data_config.train_batch_size 2"),
+    ("dataloader_num_workers: 0\ndata_config:\n  num_workers: 4", [],
+     "dataloader_num_workers is 0, and data_config.num_workers 4; make them agree"),
+    ("dataloader_num_workers: 0\nnum_workers: 4", [], "dataloader_num_workers is 0, and num_workers 4"),
+    ("path: y", [], "img_dir is x, and path y"),
     ("data_config: images", [], "data_config: write its keys below it"),
+    ("foo:\n  a: 1", [], "foo is a section; write `key: value` lines"),
+    ("data_config:\n  img_size:\n    a: 1", [], "img_size is a section"),
+    ("set: rank=99", [], "set is no key; give --set on the command line"),
+    ("config: other.yaml", [], "config is no key; give --config on the command line"),
+    ("", ["--set", "config=other.yaml"], "config is no key"), ("", ["--set", "set=x"], "set is no key"),
 ])
 def test_an_unknown_or_contradicting_key_is_refused_by_name(tmp_path, capsys, text, words, message):
     path = tmp_path / "config.yaml"
@@ -602,6 +636,10 @@ def test_an_unknown_or_contradicting_key_is_refused_by_name(tmp_path, capsys, te
     (["--base_precision", "nf4"], "--base_precision nf4: .*GPU"),
     (["--validation_image", "a.png"], "--validation_image is for edit training"),
     (["--control_dir", "c", "--validation_image", "a.png"], "--validation_image is for edit training"),
+    (["--logit_mean", "nan"], "--logit_mean nan: give a finite number"), (["--mode_scale", "nan"], "--mode_scale nan"),
+    (["--lr_power", "inf"], "--lr_power inf"), (["--prodigy_beta3", "nan"], "--prodigy_beta3 nan"),
+    (["--seed", 2**63], f"--seed {2**63}: give less than 2.63"),
+    (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1..2:3,1"], "--lr_step_rules 1..2:3,1: write factor"),
     (["--logit_std", -1], "--logit_std -1"), (["--adam_epsilon", "nan"], "--adam_epsilon nan"),
     (["--control_dir", "c", "--validation_prompt", "x"], "needs --validation_image"),
     (["--pretrained_model_name_or_path", "./none"], "./none: no such folder; download Qwen/Qwen-Image"),
@@ -619,9 +657,12 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_model_must_fit_the_task(model, edit_model, tiny_model, data, tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a model of unknown kind; name a Qwen-Image"):
-        qwen.is_edit_model(tmp_path)
+    for text, message in (("{}", "is a model of unknown kind; name a Qwen-Image"),
+                          ("[1]", "is a model of unknown kind"),
+                          ("{bad", "cannot be loaded .*model_index.json' is not a valid JSON file")):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            qwen.is_edit_model(tmp_path)
     for path, more, message in ((model, ["--control_dir", data / "control_images"], "name a Qwen-Image-Edit"),
                                 (edit_model, [], "add --control_dir"), (tiny_model, [], "is a FluxKontextPipeline")):
         with pytest.raises(ValueError, match=message):
@@ -633,9 +674,11 @@ def test_texts_are_encoded_first_whatever_is_said(model, data, tmp_path, capsys)
     assert "--no-precompute_text_embeddings does nothing" in capsys.readouterr().out
 
 
-def test_data_keys_are_options():
-    options = {option for action in make_qwen_parser("test")._actions for option in action.option_strings}
-    assert {f"--{key}" for key in DATA_KEYS} <= options
+def test_data_keys_are_options_and_all_of_two_names_are_known():
+    actions = [action for action in make_qwen_parser("test")._actions if action.dest != "help"]
+    names = {option.removeprefix("--"): action.dest for action in actions for option in action.option_strings}
+    assert set(DATA_KEYS) <= names.keys()
+    assert ALIASES == {name: dest for name, dest in names.items() if name != dest and not name.startswith("no-")}
 
 
 def test_the_low_memory_config_trains(model, data, tmp_path):
@@ -710,6 +753,7 @@ def test_an_edit_needs_an_image_and_text_to_image_takes_none(model, edit_model, 
 @pytest.mark.parametrize("more, message", [
     (["--width", 40], "--width 40: give a multiple of 16"), (["--quantization", "nf4"], "--quantization nf4"),
     (["--num_inference_steps", 1], "--num_inference_steps 1: give 2"), (["--lora_weight", "nan"], "--lora_weight nan"),
+    (["--true_cfg_scale", "nan"], "--true_cfg_scale nan"), (["--seed", 2**70], f"--seed {2**70}: give less than 2.63"),
     (["--output_image", "x.gif"], "x.gif: end it in"), (["--lora_weights", "none"], "none: no such LoRA"),
     (["--output_image", "file/x.png"], "--output_image file is a file"),
     (["--max_sequence_length", 2000], "--max_sequence_length 2000"),
@@ -719,6 +763,25 @@ def test_senseless_options_of_inference_are_refused(model, more, message, tmp_pa
     Path("file").touch()
     with pytest.raises(ValueError, match=message):
         inference.parse_args(["--model_name", model, "--width", "48", "--height", "32", *map(str, more)])
+
+
+def test_an_image_without_a_name_never_replaces_another_and_one_with_a_name_does(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model_name", model, "--num_inference_steps", "2", "--width", "48", "--height", "32", "--seed"]
+    for seed in range(3):
+        inference.main(inference.parse_args([*words, str(seed)]))
+    names = ["generated_image.png", "generated_image-2.png", "generated_image-3.png"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    first, second, _ = (Path(name).read_bytes() for name in names)
+    inference.main(inference.parse_args([*words, "1", "--output_image", names[0]]))
+    assert first != second == Path(names[0]).read_bytes() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_variant_that_the_model_has_not_is_refused_by_its_flag(model, data, tmp_path):
+    for command in (run, lambda model, data, output, *more: infer(model, output / "x.png", *more)):
+        with pytest.raises(ValueError, match="--variant fp16: .* has no such files"):
+            command(model, data, tmp_path, "--variant", "fp16")
 
 
 def test_a_lora_of_another_model_is_refused(model, tiny_lora, tmp_path):

@@ -354,7 +354,8 @@ REFUSED = {
     "--lora_dropout 1": "--lora_dropout",
     "--lora_alpha 0": "--lora_alpha",
     "--ema_decay 1": "--ema_decay",
-    "--lora_layers nothing": "--lora_layers",
+    "--lora_layers nothing": "--lora_layers nothing: the model has no such linear layer",
+    "--lora_layers ,": "--lora_layers ,: name a layer",
     "--start_noise 0.05": "--start_noise",
     "--bridge_noise 0.1": "--bridge_noise",
     "--no-reference_tokens": "--no-reference_tokens",
@@ -382,25 +383,39 @@ REFUSED = {
     "--lr_scheduler piecewise_constant": "--lr_step_rules",
     "--validation_image nowhere.png": "nowhere.png",
     "--noise_level 2-1 --degradation_types noise": "--noise_level",
+    "--seed 9223372036854775808": "--seed 9223372036854775808: give less than 2^63",
+    "--lr_scheduler piecewise_constant --lr_step_rules 1.1.1:2,3": "--lr_step_rules",
+    "--adam_epsilon -1": "--adam_epsilon",
+    "--lr_power nan": "--lr_power",
+    "--logit_mean inf": "--logit_mean",
+    "--logit_std -1": "--logit_std",
+    "--attention_backend flash": "--attention_backend flash needs a CUDA device",
+    "--lpips_backbone missing.pth": "missing.pth",
 }
 
 
+@pytest.fixture
+def no_model_loads(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(flux, "load_pipeline", refuse)
+
+
+@pytest.mark.usefixtures("no_model_loads")
 @pytest.mark.parametrize("flags", REFUSED)
-def test_bad_input_is_refused_in_one_line_that_names_it(train, tmp_path, monkeypatch, flags):
+def test_bad_input_is_refused_in_one_line_that_names_it_before_a_model_loads(train, tmp_path, monkeypatch, flags):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises((ValueError, OSError)) as error:
         train("--max_train_steps 1" if "max_train_steps" not in flags else "", flags)
     assert REFUSED[flags] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_input_is_refused_before_a_model_loads(train, monkeypatch, photos, tmp_path):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(flux, "load_pipeline", refuse)
-    for flags in (f"--heldout_root {photos / 'train'}", "--hr_root nowhere", "--train_batch_size 7", "--rank 0",
-                  f"--output_dir {photos / 'train' / 'photo_0.png'}", "--resume_from_checkpoint nowhere"):
-        with pytest.raises((ValueError, OSError)):
+@pytest.mark.usefixtures("no_model_loads")
+def test_training_images_held_out_and_a_file_for_the_output_are_refused_before_a_model_loads(train, photos):
+    for flags, word in ((f"--heldout_root {photos / 'train'}", "held out"),
+                        (f"--output_dir {photos / 'train' / 'photo_0.png'}", "--output_dir")):
+        with pytest.raises((ValueError, OSError), match=word):
             train("--max_train_steps 1", flags)
 
 

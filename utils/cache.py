@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils import flux
@@ -86,7 +86,12 @@ class TextCache:
         return self.folder / f"{key.hexdigest()}.safetensors"
 
     def __contains__(self, prompt):
-        return self.path(prompt).is_file()
+        """True if its file is there and whole; only the file's header is read."""
+        try:
+            with safe_open(self.path(prompt), "pt"):
+                return True
+        except (FileNotFoundError, SafetensorError):
+            return False
 
     def __getitem__(self, prompt):
         return self.kind(**load_file(self.path(prompt)))

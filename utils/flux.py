@@ -64,6 +64,22 @@ def check_model(path, kind="FluxKontextPipeline",
         raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder; {cure}")
 
 
+def check_family(path):
+    """Refuse a folder whose model_index.json is that of another family than FLUX.1: its parts would not fit. Hub ids
+    pass. ValueError names the folder."""
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        return
+    try:
+        config = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index}: not JSON ({error}); copy the model again") from error
+    name = config.get("_class_name", "") if isinstance(config, dict) else ""
+    if not name.startswith("Flux") or name.startswith("Flux2"):
+        raise ValueError(f"--pretrained_model_name_or_path {path}: a {name or 'model of unknown kind'}; name the "
+                         "folder of a FLUX.1 model")
+
+
 def model_id(path):
     """Name of a base model for records that leave this machine: a hub id as it is, a folder's last part."""
     return Path(path).resolve().name if Path(path).is_dir() else path
@@ -98,11 +114,13 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_
     from transformers.utils import logging as transformers_logging
 
     check_model(path)
+    if pipeline_class is FluxKontextPipeline:
+        check_family(path)
     config = quantise.pipeline_config(base_precision, bnb_options, dtype)
     quantization = {"quantization_config": config} if config else {}
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar a component buries the one that counts
-    with fetching(path):
+    with fetching(path, variant):
         return pipeline_class.from_pretrained(
             path, dtype=dtype, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True,
             **dict.fromkeys(skip), **quantization,
@@ -110,9 +128,10 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, cache_
 
 
 @contextlib.contextmanager
-def fetching(path):
-    """Turn what the hub says no to inside (no network, a gated model without a token, a name that does not exist) into
-    a ValueError with the cure."""
+def fetching(path, variant=None):
+    """Turn what keeps a model from being read inside into a ValueError of one line with the cure: what the hub says no
+    to (no network, a gated model without a token, a name that does not exist), a file of a folder that is missing or
+    damaged, which the libraries name, and no files of `variant`."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -124,10 +143,15 @@ def fetching(path):
         raise ValueError(f"{path} could not be fetched ({type(error).__name__}); give the path of a downloaded "
                          "copy") from error
     except OSError as error:
+        reason = str(error).partition("\n")[0].strip(" .")
         if os.path.isdir(path):
-            raise  # a broken folder: diffusers names the file
-        raise ValueError(f"{path} could not be fetched ({str(error).partition(chr(10))[0]}); give the path of a "
-                         "downloaded copy") from error
+            raise ValueError(f"{path} cannot be loaded ({reason}); download or copy it again") from error
+        raise ValueError(f"{path} could not be fetched ({reason}); give the path of a downloaded copy") from error
+    except ValueError as error:
+        if variant and f"variant={variant}" in str(error):
+            raise ValueError(f"--variant {variant}: {path} has no such files; leave it out, or name one that it "
+                             "has") from error
+        raise
 
 
 TEXT_ENCODER_BYTES = 11 * 2**30  # T5-XXL and CLIP in bf16 and room to work; on a smaller card they stay on the CPU

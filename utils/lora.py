@@ -48,12 +48,26 @@ def check_lora_args(args):
     """Refuse impossible LoRA numbers before anything loads. ValueError names the flag."""
     if args.rank < 1:
         raise ValueError(f"--rank {args.rank}: give 1 or more")
+    if args.lora_layers is not None and not args.lora_layers.strip(", "):
+        raise ValueError(f"--lora_layers {args.lora_layers}: name a layer, or leave it out")
     if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
         raise ValueError(f"--lora_alpha {args.lora_alpha}: give more than 0, or leave it out for alpha = rank")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--lora_dropout {args.lora_dropout}: give 0 or more, below 1")
     if not 0 < args.ema_decay < 1:
         raise ValueError(f"--ema_decay {args.ema_decay}: give more than 0 and less than 1")
+
+
+def check_layers(model, layers):
+    """`layers`, a list of module names or comma text, as a list; None stays. ValueError when one matches nothing in
+    `model`, which may be on the meta device."""
+    layers = [name.strip() for name in layers.split(",") if name.strip()] if isinstance(layers, str) else layers
+    names = linear_layers(model)
+    for layer in layers or []:
+        if not any(name == layer or name.endswith("." + layer) for name in names):
+            raise ValueError(f"--lora_layers {layer}: the model has no such linear layer; it has, for example, "
+                             f"{', '.join(sorted({n.split('.', 2)[-1] for n in names})[:8])}")
+    return layers
 
 
 def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, use_rslora=False, seed=0,
@@ -66,12 +80,7 @@ def attach(model, rank, alpha=None, dropout=0.0, layers=None, use_dora=False, us
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    layers = [name.strip() for name in layers.split(",") if name.strip()] if isinstance(layers, str) else layers
-    names = linear_layers(model)
-    for layer in layers or []:
-        if not any(name == layer or name.endswith("." + layer) for name in names):
-            raise ValueError(f"--lora_layers {layer}: the model has no such linear layer; it has, for example, "
-                             f"{', '.join(sorted({n.split('.', 2)[-1] for n in names})[:8])}")
+    layers = check_layers(model, layers)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, init_lora_weights="gaussian",
                         target_modules=layers or DEFAULT_LAYERS, use_dora=use_dora, use_rslora=use_rslora)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -68,15 +68,17 @@ KOHYA_NAMES = {module: name for name, modules in reversed(KOHYA.items()) for mod
 COMFYUI = {*KOHYA_NAMES, "transformer.norm_out.linear"}  # the layers that ComfyUI's loader knows
 
 
-def weightless_transformer(model=None):
-    """The transformer of the folder or hub id `model`, or of FLUX.1-dev, without weights (on the meta device)."""
+def weightless_transformer(model=None, **where):
+    """The transformer of the folder or hub id `model`, or of FLUX.1-dev, without weights (on the meta device). where:
+    flux.source."""
     from diffusers import FluxTransformer2DModel
 
     config = {"guidance_embeds": True}
     if model:
         flux.check_model(model)
         with flux.fetching(model):
-            config = FluxTransformer2DModel.load_config(model, subfolder="transformer")
+            config = FluxTransformer2DModel.load_config(model, subfolder="transformer",
+                                                            **where | {"variant": None})  # which no config has
     with torch.device("meta"):
         return FluxTransformer2DModel.from_config(config)
 

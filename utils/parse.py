@@ -19,12 +19,18 @@ SECRET_FLAGS = ("hub_token",)
 class OmegaConfParser(configargparse.ConfigFileParser):
     """Reads a --config file with OmegaConf: ${another_key} and ${oc.env:NAME} stand for values. They reach the options
     as they are written, so that 00610 stays a name and 1e-4 is the number it looks like; keys without a value, or
-    null, are as if they were not there."""
+    null, are as if they were not there. A section, or a key that is `reserved`, is refused."""
+
+    reserved = ("config",)  # of the command line alone
 
     def get_syntax_description(self):
         return "The file is YAML, key: value, read by OmegaConf."
 
     def parse(self, stream):
+        return check_config(self.read(stream), stream.name, self.reserved)
+
+    def read(self, stream):
+        """{key: value} as the file has them."""
         try:
             text = stream.read()
             OmegaConf.create(text)  # refuses a key that stands twice
@@ -33,7 +39,12 @@ class OmegaConfParser(configargparse.ConfigFileParser):
             raise configargparse.ConfigFileParserException(f"{stream.name}: {error}") from error
         if not isinstance(values, dict):
             raise configargparse.ConfigFileParserException(f"{stream.name}: write `key: value` lines, not a list")
-        return {key: value for key, value in values.items() if value not in ("", "~", "null")}
+        return without_nulls(values)
+
+
+def without_nulls(values):
+    """Keys without a value are as if they were not there."""
+    return {key: value for key, value in values.items() if value not in ("", "~", "null")}
 
 
 def make_parser(description, config_parser=OmegaConfParser):
@@ -71,12 +82,33 @@ def run_main(main):
 
 
 def check_least(args, **least):
-    """ValueError naming the flag where a number of `args` is below the one given for its name, infinite or not a
-    number. None is no number."""
+    """ValueError naming the flag where a number of `args` is below the one given for its name, infinite, not a number
+    or an integer that does not fit 63 bits, as seeds must. None is no number."""
     for name, lowest in least.items():
         value = getattr(args, name)
         if value is not None and not lowest <= value < math.inf:
             raise ValueError(f"--{name} {value}: give {lowest} or more")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"--{name} {value}: give less than 2^63")
+
+
+def check_finite(args):
+    """ValueError naming the flag of a number that is infinite or not a number, which no option means anything by, and
+    which args.json cannot hold."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: give a finite number")
+
+
+def check_config(values, name, reserved):
+    """The {key: value} of the --config file `name`. ConfigFileParserException naming the key where a value is a section
+    of keys, which argparse cannot take, or where it is one of `reserved`, which the file would say in vain."""
+    for key, value in values.items():
+        if key in reserved:
+            raise configargparse.ConfigFileParserException(f"{name}: {key} is no key; give --{key} on the command line")
+        if isinstance(value, dict):
+            raise configargparse.ConfigFileParserException(f"{name}: {key} is a section; write `key: value` lines")
+    return values
 
 
 def is_ours(error):

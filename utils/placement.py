@@ -4,8 +4,9 @@ import argparse
 
 import torch
 
-from utils import adaln, flux, memory, offload, quantise, sharding, speed
+from utils import adaln, flux, lora, memory, offload, quantise, sharding, speed
 from utils.checkpointing import enable_checkpointing
+from utils.lora_files import weightless_transformer
 
 
 def add_placement_args(parser):
@@ -30,6 +31,10 @@ def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_p
     """The memory.Plan of a run, printed. sizes: ((height, width) of the largest target, then of each reference), px.
     prompts: all that are used. batch: images of a micro-step, where that is not --train_batch_size. ValueError where
     flags contradict each other, or nothing fits the GPU."""
+    if args.lora_layers:  # refused here, before anything is encoded or loaded
+        model = weightless_transformer(args.pretrained_model_name_or_path, **flux.source(args))
+        lora.check_layers(model, args.lora_layers)
+    speed.check_attention(args.attention_backend, device)
     reason = adaln.obstacle(dtype, prompts, args.lora_layers, train_text_encoder)
     if args.adaln_tables and reason:
         raise ValueError(f"--adaln_tables: {reason}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, sharding
 from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
-from utils.parse import check_least, public_args, writable_folder, write_json
+from utils.parse import check_finite, check_least, public_args, writable_folder, write_json
 from utils.restore import choose_start_noise
 
 logger = logging.getLogger("kontext")
@@ -127,7 +127,7 @@ def check_training_args(args):
     from accelerate.tracking import get_available_trackers
 
     check_least(args, train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1, max_train_steps=1,
-                logging_steps=1, checkpoints_total_limit=1, checkpointing_steps=0, seed=0, max_grad_norm=0,
+                logging_steps=1, checkpoints_total_limit=1, checkpointing_steps=0, seed=0, max_grad_norm=0, logit_std=0,
                 validation_steps=1, validation_epochs=1, num_validation_images=0,
                 num_inference_steps=1, max_sequence_length=1)
     if args.max_sequence_length > 512:
@@ -147,10 +147,13 @@ def check_training_args(args):
 
 def check_optimizer_args(args):
     """Refuse impossible values of `add_optimizer_args`. ValueError names the flag."""
-    check_least(args, learning_rate=0, lr_warmup_steps=0, adam_weight_decay=0)
+    check_finite(args)
+    check_least(args, learning_rate=0, lr_warmup_steps=0, adam_weight_decay=0, adam_epsilon=0, lr_power=0,
+                lr_num_cycles=0)
     if not (0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1):
         raise ValueError(f"--adam_beta1 {args.adam_beta1}, --adam_beta2 {args.adam_beta2}: give 0 or more, below 1")
-    if args.lr_step_rules and not re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", args.lr_step_rules):
+    factor = r"(\d+\.?\d*|\.\d+)"
+    if args.lr_step_rules and not re.fullmatch(rf"({factor}:\d+,)*{factor}", args.lr_step_rules):
         raise ValueError(f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and a last factor, such as "
                          "1:100,0.1:200,0.01")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:

@@ -218,8 +218,7 @@ def load_models(args, settings, device, dtype, prepare=None):
     """(pipe, text): VAE, transformer and scheduler with the LoRA in, and the encoded prompt. The transformer is merged,
     compiled and given its attention kernel as args ask; `prepare(pipe, text)` comes before the latter two. ValueError
     where the kernel does not run here."""
-    if device.type == "cpu" and args.attention_backend not in ("native", "_native_flash"):
-        raise ValueError(f"--attention_backend {args.attention_backend} needs a CUDA device; leave it out")
+    speed.check_attention(args.attention_backend, device)
     where = flux.source(args)
     path = args.pretrained_model_name_or_path
     with out_of_memory_explained(path):
@@ -231,10 +230,7 @@ def load_models(args, settings, device, dtype, prepare=None):
                 lora.merge(pipe.transformer)
         if prepare:
             prepare(pipe, text)
-    try:
-        speed.choose_attention(pipe.transformer, args.attention_backend, 0, device, dtype)
-    except RuntimeError as error:  # diffusers' own, for a package that is missing
-        raise ValueError(f"--attention_backend {args.attention_backend}: {error} Or leave it out") from error
+    speed.choose_attention(pipe.transformer, args.attention_backend, 0, device, dtype)
     if args.compile:
         speed.compile_blocks(pipe.transformer)
     return pipe, text
@@ -334,12 +330,20 @@ class Restorer:
     name, fidelity=1 for instance. ValueError naming what is wrong before anything loads."""
 
     def __init__(self, model, lora=None, **options):
-        parser = argparse.ArgumentParser()
+        parser = argparse.ArgumentParser(allow_abbrev=False)
         add_restoration_args(parser)
-        args = parser.parse_args(["--pretrained_model_name_or_path", str(model)])
-        if unknown := sorted(options.keys() - vars(args).keys()):
-            raise ValueError(f"{unknown[0]} is no option of a Restorer; choose from {', '.join(vars(args))}")
-        vars(args).update(options, lora=lora)
+
+        def refuse(message):
+            raise ValueError(message)
+
+        parser.error = refuse
+        words = [f"--pretrained_model_name_or_path={model}"]
+        known = vars(parser.parse_args(words))
+        if unknown := sorted(options.keys() - known.keys()):
+            raise ValueError(f"{unknown[0]} is no option of a Restorer; choose from {', '.join(known)}")
+        words += [f"--{'no-' * (value is False)}{name}" + f"={value}" * (not isinstance(value, bool))
+                  for name, value in (options | {"lora": lora}).items() if value is not None]
+        args = parser.parse_args(words)  # by the command line's own rules
         check_restoration_args(args)
         device, dtype = choose_device(args)
         settings, steps, start_noise = resolve_settings(args)

@@ -45,6 +45,12 @@ def eagerly():
     return torch.compiler.set_stance("force_eager")
 
 
+def check_attention(name, device):
+    """ValueError, before a model loads, for an attention kernel that a CPU has not."""
+    if device.type == "cpu" and name not in ("auto", "native", "_native_flash"):
+        raise ValueError(f"--attention_backend {name} needs a CUDA device; leave it out")
+
+
 def choose_attention(transformer, name, tokens, device, dtype, measure=None):
     """Set the attention kernel and return its name. name: of ATTENTION_BACKENDS, or "auto": on a GPU the one that takes
     `tokens` tokens of one image forward and backward in the least time, elsewhere "native".
@@ -65,7 +71,10 @@ def choose_attention(transformer, name, tokens, device, dtype, measure=None):
         if torch.distributed.is_initialized():  # a stopwatch must not tell processes apart
             torch.distributed.broadcast_object_list(candidates)
     if candidates[0] != "native":
-        transformer.set_attention_backend(candidates[0])
+        try:
+            transformer.set_attention_backend(candidates[0])
+        except RuntimeError as error:  # diffusers' own, for a package that is missing
+            raise ValueError(f"--attention_backend {candidates[0]}: {error} Or leave it out") from error
     logger.info(f"attention kernel: {candidates[0]}")
     return candidates[0]
 

@@ -8,7 +8,7 @@ stock pipeline. With v_p and v_n the velocities for prompt and negative prompt, 
 """
 
 import argparse
-import math
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from PIL import Image
 from my_dataset.images import load_rgb, save_image
 from recipes.qwen_image import qwen
 from utils import flux, lora, quantise
-from utils.parse import check_least, make_parser, run_main, writable_folder
+from utils.parse import check_finite, check_least, make_parser, run_main, writable_folder
 from utils.session import add_device_args, choose_device
 
 QUANTISATIONS = {"none": "bf16", "int8": "int8", "fp8": "fp8", "nf4": "nf4", "qfloat8": "fp8"}
 STOCK_TOKENS = 512
+DEFAULT_OUTPUT = "generated_image.png"
 
 
 def parse_args(argv=None):
@@ -37,7 +38,8 @@ def parse_args(argv=None):
     add("--cache_dir", help="where hub downloads are kept")
     add("--lora_weights", default="", help="LoRA file, or the folder that holds it; default: the base model alone")
     add("--lora_weight", type=float, default=1.0, help="strength of the LoRA; 0 switches it off")
-    add("--output_image", default="generated_image.png", help="where the image is written")
+    add("--output_image", help=f"where the image is written, over one that is there; default: {DEFAULT_OUTPUT}, and "
+        "generated_image-2.png, -3 and so on where it is there")
     add("--prompt", default="man in the city", help="what to make, or how to edit")
     add("--negative_prompt", default=" ", help="what to lead away from")
     add("--image", help="the image that an edit model edits")
@@ -56,6 +58,7 @@ def parse_args(argv=None):
     add_device_args(parser)
     args = parser.parse_args(argv)
 
+    check_finite(args)
     check_least(args, width=16, height=16, num_inference_steps=2, true_cfg_scale=1, seed=0, max_sequence_length=1)
     if (args.max_sequence_length or 1) > 1024:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 1024")
@@ -64,16 +67,15 @@ def parse_args(argv=None):
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a multiple of 16")
     if bool(args.width) != bool(args.height):
         raise ValueError("--width and --height: give both, or neither")
-    if not math.isfinite(args.lora_weight):
-        raise ValueError(f"--lora_weight {args.lora_weight}: give a finite number")
     args.base_precision, args.bnb_options = QUANTISATIONS[args.quantization], None
     if args.quantization == "nf4":
         args.bnb_options = quantise.NF4
         if not torch.cuda.is_available():
             raise ValueError("--quantization nf4: bitsandbytes quantises on a CUDA GPU only; give int8 or fp8")
-    if Path(args.output_image).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--output_image {args.output_image}: end it in .png, .jpg or .webp")
-    writable_folder(Path(args.output_image).parent, "--output_image")
+    output = Path(args.output_image or DEFAULT_OUTPUT)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output_image {output}: end it in .png, .jpg or .webp")
+    writable_folder(output.parent, "--output_image")
     if args.lora_weights:
         args.lora_weights = lora.find_file(args.lora_weights)
     qwen.check_model(args.pretrained_model_name_or_path)
@@ -108,6 +110,12 @@ def load_lora(pipe, file, weight):
     pipe.transformer.eval()  # a foreign file may bring dropout, in training mode
 
 
+def unused(path):
+    """`path`, or the first of path-2, path-3, ... where it is there."""
+    paths = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
+    return next(path for path in paths if not path.exists())
+
+
 def main(args):
     is_edit = qwen.is_edit_model(args.pretrained_model_name_or_path, **flux.source(args))
     if is_edit != bool(args.image):
@@ -123,8 +131,9 @@ def main(args):
                  generator=torch.Generator().manual_seed(args.seed),
                  max_sequence_length=args.max_sequence_length or settings.get("max_sequence_length", STOCK_TOKENS),
                  ).images[0]
-    save_image(Path(args.output_image), np.asarray(image))
-    print(f"{args.output_image}: {image.width} x {image.height}, seed {args.seed}"
+    output = Path(args.output_image) if args.output_image else unused(Path(DEFAULT_OUTPUT))
+    save_image(output, np.asarray(image))
+    print(f"{output}: {image.width} x {image.height}, seed {args.seed}"
           + (f", LoRA {args.lora_weights} at {args.lora_weight:g}" if args.lora_weights else ""))
 
 

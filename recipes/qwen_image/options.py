@@ -10,42 +10,50 @@ from recipes.qwen_image import qwen
 from recipes.qwen_image.image_datasets.dataset import add_data_args
 from utils import flow_matching as fm
 from utils import flux, lora, quantise, run
-from utils.parse import OmegaConfParser, check_least, make_parser
+from utils.parse import OmegaConfParser, check_least, make_parser, without_nulls
 
 DATA_SECTION = "data_config"
 DATA_KEYS = ("img_dir", "control_dir", "img_size", "caption_type", "caption_dropout_rate", "random_ratio", "repeats",
              "max_pixels", "num_workers", "train_batch_size")
+ALIASES = {"path": "img_dir", "num_workers": "dataloader_num_workers"}  # of options with two names
 
 
 class QwenConfigParser(OmegaConfParser):
-    """Also reads the keys below `data_config`, as the options of the same names. overrides: [(key, value)] of --set,
-    which win over the file's."""
+    """Also reads the keys below `data_config`, as the options of the same names. An option that stands twice, in either
+    place and by either of its names, has one value. overrides: of split_overrides, which win over the file's."""
+
+    reserved = ("config", "set")
 
     def __init__(self, overrides):
         super().__init__()
         self.overrides = overrides
 
-    def parse(self, stream):
-        values = super().parse(stream)
+    def read(self, stream):
+        values = super().read(stream)
         section = values.pop(DATA_SECTION, {})
         if not isinstance(section, dict):
             raise configargparse.ConfigFileParserException(f"{stream.name}: {DATA_SECTION}: write its keys below it")
-        for key, value in section.items():
-            if values.setdefault(key, value) != value:
+        section = without_nulls(section)
+        for key in [*section, *(key for place, key, _ in self.overrides if place == DATA_SECTION)]:
+            if key not in DATA_KEYS:
                 raise configargparse.ConfigFileParserException(
-                    f"{stream.name}: {key} is {values[key]}, and below {DATA_SECTION} {value}; make them agree")
-        for name, value in self.overrides:
-            place, _, key = name.rpartition(".")
-            section |= {key: value} if place == DATA_SECTION else {}
-            values[key if place in ("", DATA_SECTION) else name] = value
-        if unknown := sorted(section.keys() - set(DATA_KEYS)):
-            raise configargparse.ConfigFileParserException(
-                f"{stream.name}: {DATA_SECTION} has no {unknown[0]}; it has {', '.join(DATA_KEYS)}")
-        return {key: value for key, value in values.items() if value not in ("", "~", "null")}
+                    f"{stream.name}: {DATA_SECTION} has no {key}; it has {', '.join(DATA_KEYS)}")
+        said = {}  # option: (key of the file, value)
+        for place, pairs in (("", values), (f"{DATA_SECTION}.", section)):
+            for key, value in pairs.items():
+                other, first = said.setdefault(ALIASES.get(key, key), (place + key, value))
+                if first != value:
+                    raise configargparse.ConfigFileParserException(
+                        f"{stream.name}: {other} is {first}, and {place}{key} {value}; make them agree")
+        chosen = {option: value for option, (_, value) in said.items()}
+        for place, key, value in self.overrides:
+            chosen[ALIASES.get(key, key) if place in ("", DATA_SECTION) else f"{place}.{key}"] = value
+        return without_nulls(chosen)
 
 
 def split_overrides(argv):
-    """(words, overrides): every `--set KEY=VALUE` taken out of the command line. ValueError where one is none."""
+    """(words, overrides): every `--set PLACE.KEY=VALUE` taken out of the command line, as (place or "", key, value).
+    ValueError where one is none."""
     words, overrides, argv = [], [], list(argv)
     while argv:
         word = argv.pop(0)
@@ -54,10 +62,11 @@ def split_overrides(argv):
             continue
         pair = word.removeprefix("--set=") if word != "--set" else "".join(argv[:1])
         argv = argv[1:] if word == "--set" else argv
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
             raise ValueError(f"--set {pair}: write KEY=VALUE, such as --set data_config.img_size=512")
-        overrides.append((key, value))
+        place, _, key = name.rpartition(".")
+        overrides.append((place, key, value))
     return words, overrides
 
 

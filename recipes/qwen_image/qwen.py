@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit_plus
 from diffusers.training_utils import free_memory
 from torch.nn.utils.rnn import pad_sequence
@@ -45,10 +45,19 @@ def is_edit_model(path, **where):
     """True for a model that edits an image, False for one that makes it from text. Reads its model_index.json alone.
     ValueError where it is another family's. where: revision, variant (which no config has), cache_dir."""
     with flux.fetching(path):
-        name = DiffusionPipeline.load_config(path, **where | {"variant": None}).get("_class_name")
+        config = DiffusionPipeline.load_config(path, **where | {"variant": None})
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in ("QwenImagePipeline", *EDIT_PIPELINES):
         raise ValueError(f"{path} is a {name or 'model of unknown kind'}; name a Qwen-Image or Qwen-Image-Edit model")
     return name in EDIT_PIPELINES
+
+
+def weightless_transformer(path, **where):
+    """The transformer on the meta device, made from its config alone. where: as for is_edit_model."""
+    with flux.fetching(path):
+        config = QwenImageTransformer2DModel.load_config(path, subfolder="transformer", **where | {"variant": None})
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel.from_config(config)
 
 
 def load_models(path, device, dtype, is_edit, vae_device=None, **where):

@@ -69,6 +69,8 @@ def main(args):
         raise ValueError(f"--pretrained_model_name_or_path {path} "
                          + ("makes images from text; for --control_dir name a Qwen-Image-Edit" if is_edit else
                             "edits images; add --control_dir, the images before the edit, or name a Qwen-Image"))
+    layers = lora.check_layers(qwen.weightless_transformer(path, **where),
+                               args.lora_layers or qwen.lora_targets(args.lora_target_preset))
     edited = control = None  # of validation: the picture, and what the text encoder reads of it
     size = dataset.sizes[0][0]
     if args.validation_image:
@@ -106,8 +108,7 @@ def main(args):
                                        output / "cache" / "img_embs" if args.save_cache_on_disk else None, **where)
     pipe = qwen.load_models(path, device, dtype, is_edit, vae_device="cpu" if encoded else None,
                             bnb_options=args.bnb_options, base_precision=args.base_precision or "bf16", **where)
-    parameters = lora.attach(pipe.transformer, args.rank, args.lora_alpha, args.lora_dropout,
-                             args.lora_layers or qwen.lora_targets(args.lora_target_preset), args.use_dora,
+    parameters = lora.attach(pipe.transformer, args.rank, args.lora_alpha, args.lora_dropout, layers, args.use_dora,
                              args.use_rslora, args.seed)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()

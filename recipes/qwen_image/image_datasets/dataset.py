@@ -92,8 +92,7 @@ class CustomImageDataset(Dataset):
         self.caption_dropout_rate, self.seed, self.max_pixels = caption_dropout_rate, seed, max_pixels
         self.dropped = [NO_CAPTION] if caption_dropout_rate else []
         by_stem(img_dir)  # refuses a.jpg beside a.png, for which there is one caption
-        examples = folder_examples(img_dir, [control_dir] if control_dir else [])
-        examples = [example._replace(prompt=CAPTION_READERS[caption_type](example.target)) for example in examples]
+        examples = folder_examples(img_dir, [control_dir] if control_dir else [], CAPTION_READERS[caption_type])
         self.examples, shapes, self.unreadable = check_headers(examples, self._check_header)
         if bare := [example.name for example in self.examples if not example.prompt]:
             raise ValueError(f"{len(bare)} images have no caption: {', '.join(bare[:5])}"
