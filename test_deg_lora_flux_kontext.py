@@ -13,6 +13,7 @@ the images between N GPUs."""
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from my_dataset.dataset_deg_paired import KERNELS, folder_records, heldout_seed, item_seed, pair_records, to_tensor
 from my_dataset.degradations import add_degradation_args, degrader_from_args
 from my_dataset.images import MAX_PIXELS, load_image, load_rgb, save_image
-from my_dataset.outputs import is_done, plan_outputs, sidecar_path
+from my_dataset.outputs import check_ours, is_done, plan_outputs, sidecar_path
 from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm, load_pairs
 from utils import metrics
 from utils.checkpoint import sha256
@@ -127,6 +128,8 @@ def restore_files(args, settings, steps, start_noise, device, dtype, processes):
     run = describe_run(args, settings, steps, start_noise, dtype) | {"base_precision": args.base_precision}
     jobs, failures, skipped = [], [], 0
     plan = plan_outputs(args.input, args.output, args.suffix, args.ext, args.num_images)
+    check_ours(plan)
+    processes.wait_for_everyone()  # before the first of them writes
     for path, variant, output in plan[processes.process_index :: processes.num_processes]:
         try:
             sidecar = {"input": path.name, "input_sha256": sha256(path), "seed": args.seed + variant} | run
@@ -183,7 +186,7 @@ def report_restored(args, plan, failed, run):
     pictures, notes = {}, {}
     for path, _, output in [job for job in plan if job[0] not in failed][: args.grid_images]:
         item = output.relative_to(args.output).as_posix()
-        pictures[item] = [picture(label, Image.fromarray(load_rgb(file, args.max_pixels)))
+        pictures[item] = [picture(label, Image.fromarray(load_rgb(file, math.inf)))
                           for label, file in (("input", path), ("restored", output))]
         sidecar = json.loads(sidecar_path(output).read_text(encoding="utf-8"))
         notes[item] = {name: value for name, value in sidecar.items() if name not in run}

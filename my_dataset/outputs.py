@@ -2,6 +2,7 @@
 says what it was made from and how."""
 
 import json
+import math
 from pathlib import Path
 
 from my_dataset.images import list_images, load_rgb
@@ -50,10 +51,19 @@ def sidecar_path(output):
     return output.with_name(output.name + ".json")
 
 
+def check_ours(plan):
+    """ValueError where an output of plan_outputs is there already without a sidecar: it is not ours to replace."""
+    for _, _, output in plan:
+        if output.exists() and not sidecar_path(output).exists():
+            raise ValueError(f"{output} would be written over, and was not made here: there is no "
+                             f"{sidecar_path(output).name} beside it; name another --output, or move it away")
+
+
 def is_done(output, sidecar):
     """True if `output` decodes and its sidecar file says `sidecar`; what it says beyond that came of the run itself."""
     try:
         written = json.loads(sidecar_path(output).read_text(encoding="utf-8"))
-        return isinstance(written, dict) and written.items() >= sidecar.items() and load_rgb(output) is not None
+        is_ours = isinstance(written, dict) and written.items() >= sidecar.items()
+        return is_ours and load_rgb(output, math.inf) is not None
     except (OSError, ValueError):  # missing or damaged, so it is not done
         return False

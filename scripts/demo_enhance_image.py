@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import to_tensor
 from my_dataset.images import MAX_PIXELS, load_image, save_image
-from my_dataset.outputs import plan_outputs, sidecar_path
+from my_dataset.outputs import check_ours, plan_outputs, sidecar_path
 from utils.checkpoint import sha256
 from utils.failures import report_failures
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
@@ -51,6 +51,7 @@ def main(args):
     device, dtype = choose_device(args)
     settings, steps, start_noise = resolve_settings(args, ENHANCE)
     plan = plan_outputs(args.input, args.output)
+    check_ours(plan)
     writable_folder(args.output, "--output")
 
     pipe, text = load_models(args, settings, device, dtype)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from my_dataset.dataset_deg_paired import to_tensor
 from my_dataset.images import MAX_PIXELS, load_image, save_image
-from my_dataset.outputs import is_done, plan_outputs, sidecar_path
+from my_dataset.outputs import check_ours, is_done, plan_outputs, sidecar_path
 from recipes.deblur_controlnet import deblur_controlnet as deblur
 from recipes.deblur_controlnet.deblur_dataset import BLUR_TYPES, prompts
 from utils import flux
@@ -187,6 +187,7 @@ def load(args, settings=None):
 def main(args):
     writable_folder(args.output, "--output")
     plan = plan_outputs(args.input, args.output)
+    check_ours(plan)
     model = load(args)
     prompt = args.prompt
     if prompt is None:
