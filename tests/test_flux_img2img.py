@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import json
 import math
+import shutil
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from my_dataset.dataset_deg_paired import to_tensor
@@ -202,6 +204,52 @@ def test_the_text_encoders_are_gone_before_the_transformer_comes(photo, tmp_path
     assert seen == [[None, None]]
 
 
+def test_tiles_make_nearly_the_whole_image_and_are_smaller_than_diffusers_own(photo, monkeypatch):
+    """Without what sees the whole image, normalisation and attention, whose random weights would hide what the cutting
+    does."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=16, sample_size=1024,
+                        mid_block_add_attention=False, scaling_factor=0.3611, shift_factor=0.1159).eval()
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, torch.nn.GroupNorm):
+            vae.set_submodule(name, torch.nn.Identity())
+    image = to_tensor(np.asarray(pictures.resize_image_center_crop(photo, 576, 544)))[None]
+    tiled, counts = vae.tiled_decode, []
+    monkeypatch.setattr(vae, "tiled_decode", lambda *args, **options: counts.append(1) or tiled(*args, **options))
+    with torch.no_grad():
+        whole_latents = flux.encode(vae, image)
+        whole = flux.decode(vae, whole_latents)
+        assert not counts
+        img2img.tile(vae)
+        latents = flux.encode(vae, image)
+        result = flux.decode(vae, latents)
+    assert counts == [1] and not torch.equal(latents, whole_latents)
+    assert (latents - whole_latents).norm() < 0.01 * whole_latents.norm()
+    assert (result - whole).norm() < 0.02 * (whole - whole.mean()).norm()
+
+
+def test_vae_tiling_tiles_where_diffusers_own_tiles_are_too_large_and_is_recorded(tiny_model, photo, tmp_path,
+                                                                                  monkeypatch):
+    model, tiled, sizes = tmp_path / "model", AutoencoderKL.tiled_decode, []
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "vae/config.json").read_text())
+    (model / "vae/config.json").write_text(json.dumps(config | {"sample_size": 1024}))  # as FLUX.1-dev's
+
+    def watched(self, z, *args, **options):
+        sizes.append(tuple(z.shape[-2:]))
+        return tiled(self, z, *args, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "tiled_decode", watched)
+    for flag, expected in ("--no-vae_tiling", []), ("--vae_tiling", [(8, 72)] * 2):  # the VAE's round trip, the result
+        output = tmp_path / flag
+        img2img.main(parse("--image", photo, *PLAIN, "--output", output, flag, model=[
+            "--model", str(model), "--width", "576", "--height", "64", "--max_sequence_length", "16", "--steps", "2"]))
+        assert sizes == expected
+        record = pictures.read_parameters(output / "cat_strength0.9_seed100.png")
+        assert record["vae_tiling"] == (flag == "--vae_tiling")
+
+
 # --- LoRAs
 
 
@@ -229,6 +277,18 @@ def test_a_lora_is_parsed_with_and_without_weight_and_missing_ones_are_refused(t
     for text in ("missing.safetensors", "missing.safetensors:0.5", "C:missing.safetensors"):
         with pytest.raises(ValueError, match="no such LoRA file"):
             img2img.parse_lora(text)
+
+
+def test_a_damaged_lora_and_a_weight_that_is_no_number_are_refused_before_anything_loads(tiny_lora, tmp_path):
+    cut, other = tmp_path / "cut.safetensors", tmp_path / "other.safetensors"
+    cut.write_bytes(lora.find_file(tiny_lora).read_bytes()[:-100])
+    other.write_bytes(b"no safetensors at all")
+    for path in cut, other:
+        with pytest.raises(ValueError, match=f"{path} is not a complete safetensors file"):
+            parse("--image", "x.png", "--lora", path)
+    for weight in "nan", "inf":
+        with pytest.raises(ValueError, match=f":{weight}: give a finite weight"):
+            parse("--image", "x.png", "--lora", f"{tiny_lora}:{weight}")
 
 
 # --- pictures
@@ -369,6 +429,13 @@ class Answers(BaseHTTPRequestHandler):
                 self.wfile.write(b"\x89")
                 time.sleep(0.1)
 
+    def answer_headers(self, _):
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            for _ in range(25):
+                self.wfile.write(b"a")
+                time.sleep(0.1)
+
     def answer_html(self, _):
         self.start(Content_Type="text/html")
         self.wfile.write(b"<html>")
@@ -415,6 +482,7 @@ def test_a_picture_from_an_address_is_the_files(site, photo, page):
     ("bomb", "more than 100000 bytes; raise --max_bytes"),
     ("silent", "no complete answer within 0.4 s; raise --timeout"),
     ("drip", "no complete answer within 0.4 s; raise --timeout"),
+    ("headers", "no complete answer within 0.4 s; raise --timeout"),
     ("html", "not an image but text/html"),
     ("bytes", "not an image"),
     ("cut", "could not be fetched"),
@@ -423,7 +491,7 @@ def test_a_picture_from_an_address_is_the_files(site, photo, page):
     ("moved?ftp://127.0.0.1/a.png", "only http:// and https:// are fetched, not ftp:"),
 ])  # fmt: skip
 def test_an_address_that_fails_gives_one_line_in_time(site, page, message):
-    begun, timeout_s = time.monotonic(), 0.4 if page in ("silent", "drip") else 10
+    begun, timeout_s = time.monotonic(), 0.4 if page in ("silent", "drip", "headers") else 10
     with pytest.raises(ValueError, match=message) as caught:
         pictures.open_picture(f"{site}/{page}", timeout_s=timeout_s, max_bytes=100_000)
     assert str(caught.value).startswith(f"{site}/{page}: ") and "\n" not in str(caught.value)
@@ -439,9 +507,16 @@ def test_other_schemes_and_dead_addresses_give_one_line(url):
 
 def test_the_command_gives_one_line_and_exit_code_2(site, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(flux, "load_models", pytest.fail)  # nothing large loads before
+    for folder, index in (other := tmp_path / "qwen", '{"_class_name": "QwenImagePipeline"}'), (
+            broken := tmp_path / "broken", "{"):
+        folder.mkdir()
+        (folder / "model_index.json").write_text(index)
     for words, message in [((f"{site}/missing",), "the server answered 404"), ((str(tmp_path / "no.png"),), "no such"),
                            ((f"{site}/picture", "--max_pixels", 100), "raise --max_pixels"),
-                           ((f"{site}/picture", "--width", 60), "--width 60: this model needs multiples of 8")]:
+                           ((f"{site}/picture", "--width", 60), "--width 60: this model needs multiples of 8"),
+                           ((f"{site}/picture", "--vae_tiling"), "this model has an AutoencoderKLHunyuanImage"),
+                           ((f"{site}/picture", "--model", other), "a QwenImagePipeline; name the folder of a FLUX.1"),
+                           ((f"{site}/picture", "--model", broken), "model_index.json: not JSON")]:
         with pytest.raises(SystemExit) as stopped:
             run_main(lambda words=words: img2img.main(parse("--image", *words, "--output", tmp_path)))
         lines = capsys.readouterr().err.strip().splitlines()
@@ -552,6 +627,13 @@ def test_the_comparison_writes_psnr_and_the_error_of_every_layer(photo, tmp_path
     assert all(0 < layer[error] < 0.02 for layer in report["layers"] for error in ("weight_error", "output_error"))
     assert report["layers"][0]["layer"] in capsys.readouterr().out
     assert (tmp_path / "layers.md").read_text().count("\n") == 46 and (tmp_path / "grid.png").is_file()
+    comparison = (tmp_path / "comparison.json").read_bytes()
+    again = compare_quantised.parse_args([*TINY_OPTIONS, "--image", photo, "--output", str(tmp_path)])
+    for file in "layers.md", "grid.png", "comparison.json":  # an interrupted comparison leaves some of them
+        with pytest.raises(ValueError, match=f"{tmp_path} holds the {file} of another comparison"):
+            compare_quantised.main(again)
+        assert (tmp_path / "comparison.json").read_bytes() == comparison
+        (tmp_path / file).unlink()
     with pytest.raises(ValueError, match="nothing to compare"):
         compare_quantised.parse_args([*TINY_OPTIONS, "--image", photo, *PLAIN])
 
@@ -566,8 +648,7 @@ def test_pictures_seeds_and_strengths_give_results_that_know_how_they_were_made(
     for name in ("a", "b"):
         Image.open(photo).save(folder / f"{name}.png", icc_profile=profile)
     output = tmp_path / "out"
-    img2img.main(parse("--image", folder, "--sweep_strength", "0.5,1", "--num_images", 2, "--output", output,
-                       "--vae_tiling"))
+    img2img.main(parse("--image", folder, "--sweep_strength", "0.5,1", "--num_images", 2, "--output", output))
     printed = capsys.readouterr().out
     assert "a.png 64x64 px, strength 0.5: enters at step 2 of 4, sigma 0.615; 2 steps run" in printed
     assert "text_encoder_2: int4 by torchao" in printed and "transformer: int8 by torchao" in printed
@@ -608,6 +689,34 @@ def test_a_second_run_writes_over_nothing_and_repeats_the_picture(site, tmp_path
     assert "secret" not in json.dumps(read) and read["image"].startswith("http://127.0.0.1") and read["sigma"] <= 0.6
 
 
+def test_an_interrupted_runs_results_and_the_users_files_are_never_written_over(photo, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    words = ["--image", shutil.copy(photo, tmp_path / "cat.png"), *PLAIN, "--output", tmp_path]
+    (tmp_path / "cat.json").write_text("a caption")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(img2img, "image_grid", interrupt)
+        img2img.main(parse(*words))
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert [path.name for path in kept if "seed" in path.name] == ["cat-2_strength0.9_seed100.png"]
+    img2img.main(parse(*words, "--steps", 5))
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert sorted(path.name for path in tmp_path.iterdir() if path not in kept) == [
+        "cat-3.json", "cat-3_grid.png", "cat-3_strength0.9_seed100.png"]
+
+
+def test_a_long_picture_name_is_cut_so_that_every_file_can_be_written(tmp_path):
+    endings = ["_grid.png", ".json", "_strength0.123456_seed9223372036854775807.png"]
+    for name in "a" * 251, "é" * 125, "短":
+        for suffix in "", "-2":
+            stem = img2img.free_stem(tmp_path, f"{name}.png", endings)
+            for ending in endings:
+                pictures.save_png(tmp_path / f"{stem}{ending}", Image.new("RGB", (8, 8)), {})
+            assert stem.endswith(suffix) and name.startswith(stem.removesuffix(suffix))
+            assert len(stem.encode()) > 190 or stem == name + suffix  # no shorter than need be
+
+
 def test_prompts_in_any_script_are_read_back(tmp_path):
     parameters = {"prompt": "一只老虎 \u2028 \"tiger\"", "sigma": 0.1}
     pictures.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), parameters)
@@ -625,6 +734,15 @@ def test_model_path_comes_from_the_environment_and_the_seeds_defaults_hold(monke
     assert img2img.parse_args(["--image", "x.png", "--model", TINY]).pretrained_model_name_or_path == TINY
 
 
+@pytest.mark.parametrize("key", ["pretrained_model_name_or_path", "model"])
+def test_a_configs_model_and_the_command_lines_win_over_model_path(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("MODEL_PATH", "some/other")
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{key}: {TINY}\nimage: x.png\n")
+    assert img2img.parse_args(["--config", str(config)]).pretrained_model_name_or_path == TINY
+    assert img2img.parse_args(["--config", str(config), "--model", "a/b"]).pretrained_model_name_or_path == "a/b"
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "--image is needed"),
     (["--strength", "0"], "--strength 0"),
@@ -633,7 +751,11 @@ def test_model_path_comes_from_the_environment_and_the_seeds_defaults_hold(monke
     (["--sweep_strength", "0.5,much"], "--sweep_strength 0.5,much"),
     (["--sweep_strength", "0.5,0"], "--strength 0"),
     (["--start_sigma", "1.5"], "--start_sigma 1.5"),
+    (["--sweep_strength", "0.5000001,0.3,0.5"], "strength 0.5 stands there twice"),
     (["--timeout", "0"], "--timeout"),
+    (["--timeout", "1e10"], "--timeout"),
+    (["--seed", str(2**63)], "--seed 9223372036854775808: give"),
+    (["--model", "./nowhere"], "no such folder; download FLUX.1-dev"),
     (["--width", "8"], "--width 8"),
     (["--num_images", "0"], "--num_images 0"),
     (["--true_cfg_scale", "0.5"], "--true_cfg_scale"),

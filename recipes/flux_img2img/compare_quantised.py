@@ -29,7 +29,7 @@ from recipes.flux_img2img.img2img import (
 )
 from recipes.flux_img2img.quantised import effective_weight
 from utils.metrics import markdown_table, psnr
-from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
+from utils.parse import make_parser, run_main, writable_folder, write_json
 from utils.restore import noise_levels
 from utils.session import choose_device
 from utils.utils import image_grid
@@ -37,17 +37,16 @@ from utils.utils import image_grid
 NOT_QUANTISED = {"quant_transformer": "none", "quant_t5": "none", "quant_clip": "none"}
 DIFFERENCE_GAIN = 8  # in the grid
 WORST_LAYERS = 10  # that are printed
+FILES = LAYERS, GRID, COMPARISON = "layers.md", "grid.png", "comparison.json"
 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
     add_model_args(parser)
-    parser.add_argument("--num_images", type=int, default=1, help="results of each picture, with the seeds seed, "
-                        "seed + 1, ...")
-    parser.add_argument("--output", default="outputs/compare_quantised", help="folder for the table, grid and figures")
+    parser.add_argument("--output", default="outputs/compare_quantised", help="folder for the table, grid and figures, "
+                        "without another comparison's")
     args = parser.parse_args(argv)
     check_model_args(args)
-    check_least(args, num_images=1)
     if not args.backends:
         raise ValueError("--quant_transformer, --quant_t5 and --quant_clip are all none: there is nothing to compare")
     return args
@@ -84,6 +83,9 @@ def weight_error(plain, quantised):
 def main(args):
     device, dtype = choose_device(args)
     folder = writable_folder(args.output, "--output")
+    for name in FILES:
+        if (folder / name).exists():
+            raise ValueError(f"--output {folder} holds the {name} of another comparison; name a new folder")
     plain_args = argparse.Namespace(**vars(args) | NOT_QUANTISED | {"backends": {}})
     plain, _ = load_models(plain_args, device, dtype)
     jobs = []
@@ -129,15 +131,15 @@ def main(args):
     headings = ["layer", "weight error", "output error"]
     if layers:
         print(markdown_table([headings, *cells[:WORST_LAYERS]]))
-        (folder / "layers.md").write_text(markdown_table([headings, *cells]) + "\n", encoding="utf-8")
+        (folder / LAYERS).write_text(markdown_table([headings, *cells]) + "\n", encoding="utf-8")
     rows = [[target[0], *(column for images in results.values() for column in (
         images[i][0], (DIFFERENCE_GAIN * (images[i][0] - target[0])).clamp(-1, 1)))]
         for i, target in enumerate(reference)]
     labels = ["plain", *(label for name in results for label in (name, f"difference x {DIFFERENCE_GAIN}"))]
     captions = [[runs[i][0], *(caption for values in decibels.values() for caption in (f"{values[i]:.2f} dB", ""))]
                 for i in range(len(runs))]
-    image_grid(rows, labels, captions).save(folder / "grid.png")
-    write_json(folder / "comparison.json", describe(args, dtype) | {
+    image_grid(rows, labels, captions).save(folder / GRID)
+    write_json(folder / COMPARISON, describe(args, dtype) | {
         "runs": [{"run": name, "start": run[3].in_words()} for name, run in runs], "psnr_db": decibels,
         "layers": layers, "conversions": {part.component: part.record() for part in conversions}})
 

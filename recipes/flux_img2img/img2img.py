@@ -11,7 +11,10 @@ Defaults are those of stock FluxImg2ImgPipeline as the tutorial calls it: seed 1
 guidance 3.5, int8 transformer, int4 T5. In fp32 on a CPU the pixels are stock's own."""
 
 import argparse
+import itertools
 import json
+import math
+import os
 import resource
 import time
 import warnings
@@ -22,6 +25,7 @@ from urllib.parse import urlsplit
 import accelerate
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from diffusers.training_utils import free_memory
 from PIL import Image
 from tqdm import tqdm
@@ -53,13 +57,19 @@ from utils.utils import image_grid, to_uint8
 STRENGTH = 0.9
 OFFLOADS = ("none", "model", "sequential", "group")
 SIGMA_DIGITS = 3  # as sigmas are printed, so --start_sigma is compared
+MAX_TIMEOUT_S = 86400
+TILE_PX = 512  # of --vae_tiling; diffusers' own, FLUX's 1024, would leave the default size whole
+GRID_ENDING, REPORT_ENDING = "_grid.png", ".json"  # after the stem
+NAME_BYTES = 255  # of a file's name, on most file systems
 
 
 def add_model_args(parser):
     """Options of model, picture, prompt, schedule, quantisation and device, which compare_quantised has too."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", "--model", env_var="MODEL_PATH", default="black-forest-labs/FLUX.1-dev",
-        help="folder of a FLUX.1 pipeline, or its hub id")
+    # as a default, because configargparse's env_var would win over --config
+    add("--pretrained_model_name_or_path", "--model",
+        default=os.environ.get("MODEL_PATH") or "black-forest-labs/FLUX.1-dev",
+        help="folder of a FLUX.1 pipeline, or its hub id; the environment's MODEL_PATH is the default where it is set")
     add("--revision", help="branch, tag or commit of the hub model")
     add("--variant", help="weight variant of the model files, such as fp16")
     add("--cache_dir", help="where hub downloads are kept")
@@ -71,7 +81,7 @@ def add_model_args(parser):
     add("--height", type=int, default=1024, help="px, likewise")
     add("--fit", default="crop", choices=FITS, help="how a picture of another shape gets that size; pad: with white; "
         "keep: its own size, cropped to the model's multiple")
-    add("--timeout", type=float, default=TIMEOUT_S, help="seconds for a download")
+    add("--timeout", type=float, default=TIMEOUT_S, help="seconds for a download, all of it")
     add("--max_bytes", type=int, default=MAX_BYTES, help="refuse downloads larger than this")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="refuse pictures with more pixels than this")
     add = parser.add_argument_group("prompt").add_argument
@@ -88,6 +98,7 @@ def add_model_args(parser):
     add("--start_sigma", type=float, help="instead: start at the first noise level of the schedule that is not above "
         "this, 1 being pure noise")
     add("--seed", type=int, default=100, help="seed of the noise")
+    add("--num_images", type=int, default=1, help="results of each, with the seeds seed, seed + 1, ...")
     add = parser.add_argument_group("quantisation").add_argument
     add("--quant_transformer", default="int8", choices=KINDS, help="weights of the transformer's blocks")
     add("--quant_t5", default="int4", choices=KINDS, help="weights of T5 (text_encoder_2)")
@@ -104,11 +115,11 @@ def parse_args(argv=None):
     add("--show", metavar="PNG", help="print the parameters that a result was made with, and do nothing else")
     add("--output", default="outputs/img2img", help="folder for pictures, grids and parameters")
     add("--sweep_strength", help="instead of --strength: several, such as 0.3,0.6,0.9, side by side")
-    add("--num_images", type=int, default=1, help="results of each, with the seeds seed, seed + 1, ...")
     add("--offload", default="none", choices=OFFLOADS, help="what waits in host memory: model: transformer and VAE "
         "while the other computes; group: also blocks of the transformer, two at a time on the GPU; sequential: also "
         "every layer, slowest")
-    add("--vae_tiling", action=argparse.BooleanOptionalAction, default=False, help="decode in tiles, with less memory")
+    add("--vae_tiling", action=argparse.BooleanOptionalAction, default=False, help="encode and "
+        f"decode in overlapping tiles of {TILE_PX} px, with less memory and slightly other pixels")
     args = parser.parse_args(argv)
     if args.show is None:
         check_model_args(args)
@@ -122,20 +133,21 @@ def check_model_args(args):
     if not args.image:
         raise ValueError("--image is needed: a path, an http(s) address or a folder")
     check_least(args, width=16, height=16, max_bytes=1, max_pixels=1, num_inference_steps=1, seed=0, true_cfg_scale=1,
-                guidance_scale=0, max_sequence_length=1)
+                guidance_scale=0, max_sequence_length=1, num_images=1)
     if args.max_sequence_length > 512:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
     if args.negative_prompt and args.true_cfg_scale == 1:
         raise ValueError("--negative_prompt acts with --true_cfg_scale above 1 only; give both, or neither")
-    if not 0 < args.timeout < float("inf"):
-        raise ValueError(f"--timeout {args.timeout:g}: give seconds above 0")
+    if not 0 < args.timeout <= MAX_TIMEOUT_S:
+        raise ValueError(f"--timeout {args.timeout:g}: give seconds above 0, at most {MAX_TIMEOUT_S}")
     if args.strength is not None and args.start_sigma is not None:
         raise ValueError("--strength and --start_sigma both say where to start; leave one out")
     if args.start_sigma is not None and not 0 < args.start_sigma <= 1:
         raise ValueError(f"--start_sigma {args.start_sigma:g}: give a noise level above 0, at most 1")
     args.strengths = [STRENGTH if args.strength is None else args.strength]
     start_index(args.num_inference_steps, args.strengths[0])
-    flux.check_model(args.pretrained_model_name_or_path)
+    flux.check_model(args.pretrained_model_name_or_path, "FluxPipeline",
+                     "download FLUX.1-dev and name its folder, or use assets/tiny-kontext")
     args.loras = [parse_lora(text) for text in args.lora]
     args.backends = {component: choose_backend(kind, args.quant_backend) for component, kind in kinds(args).items()
                      if kind != "none"}
@@ -143,7 +155,6 @@ def check_model_args(args):
 
 def check_args(args):
     """As `check_model_args`, for the rest."""
-    check_least(args, num_images=1)
     if args.sweep_strength:
         if args.strength is not None or args.start_sigma is not None:
             raise ValueError("--sweep_strength says where to start; leave --strength and --start_sigma out")
@@ -153,6 +164,11 @@ def check_args(args):
             raise ValueError(f"--sweep_strength {args.sweep_strength}: give numbers, such as 0.3,0.6,0.9") from error
         for strength in args.strengths:
             start_index(args.num_inference_steps, strength)
+        labels = [strength_label(strength) for strength in args.strengths]
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise ValueError(f"--sweep_strength {args.sweep_strength}: {twice} stands there twice, in the six digits "
+                             "that name its files; give each once")
     if args.offload != "none" and (args.quant_transformer in ("int4", "nf4") or args.backends.get(
             "transformer") == "quanto"):
         raise ValueError(f"--offload {args.offload} moves plain weights and torchao's int8 and fp8; give "
@@ -166,13 +182,18 @@ def kinds(args):
 
 
 def parse_lora(text):
-    """(path, weight) of FILE or FILE:WEIGHT. ValueError where there is no such LoRA file."""
+    """(path, weight) of FILE or FILE:WEIGHT. ValueError where there is no such LoRA file, it is damaged, or the weight
+    is no finite number."""
     path, _, weight = text.rpartition(":")
     try:
         path, weight = (path, float(weight)) if path and not Path(text).exists() else (text, 1.0)
     except ValueError:  # the colon belongs to the path
         path, weight = text, 1.0
-    return lora.find_file(path), weight
+    if not math.isfinite(weight):
+        raise ValueError(f"--lora {text}: give a finite weight")
+    path = lora.find_file(path)
+    lora.read_settings(path)  # refuses a damaged file
+    return path, weight
 
 
 def start_index(steps, strength):
@@ -184,6 +205,11 @@ def start_index(steps, strength):
     if index == steps:
         raise ValueError(f"--strength {strength:g}: no step of {steps} would run; give more")
     return index
+
+
+def strength_label(strength):
+    """What a strength is called in file names and grids."""
+    return f"strength {strength:g}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +231,7 @@ def choose_starts(sigmas, strengths, start_sigma=None):
     the first level not above it. ValueError where all levels but the last are above."""
     steps = len(sigmas) - 1
     if start_sigma is None:
-        entries = [(f"strength {strength:g}", start_index(steps, strength)) for strength in strengths]
+        entries = [(strength_label(strength), start_index(steps, strength)) for strength in strengths]
     else:
         index = next((i for i, sigma in enumerate(sigmas[:-1]) if round(sigma, SIGMA_DIGITS) <= start_sigma), None)
         if index is None:
@@ -237,6 +263,9 @@ def read_pictures(args, vae):
 def encode_text(args, device, dtype):
     """({"prompt": TextEmbeds of batch 1, with true CFG also "negative"} on the CPU, conversions): the text encoders
     come, are quantised as asked, and are gone again. ValueError where two LoRAs change CLIP."""
+    with_text = [(path, weight) for path, weight in args.loras if lora.has_text_part(path)]
+    if len(with_text) > 1:
+        raise ValueError(f"--lora: {with_text[0][0]} and {with_text[1][0]} both change CLIP; give one of them")
     pipe = flux.load_pipeline(args.pretrained_model_name_or_path, dtype, skip=flux.IMAGE_PARTS + flux.OPTIONAL_PARTS,
                               **flux.source(args))
     if (device.type == "cuda" and args.quant_t5 == "none"
@@ -244,9 +273,6 @@ def encode_text(args, device, dtype):
         device = torch.device("cpu")
     conversions = [convert(getattr(pipe, part), part, kinds(args)[part], device, args.backends.get(part, "auto"))
                    for part in ("text_encoder", "text_encoder_2")]
-    with_text = [(path, weight) for path, weight in args.loras if lora.has_text_part(path)]
-    if len(with_text) > 1:
-        raise ValueError(f"--lora: {with_text[0][0]} and {with_text[1][0]} both change CLIP; give one of them")
     for path, weight in with_text:
         lora.load_into_text_encoder(pipe.text_encoder, path, weight)
     pipe.to(device)
@@ -301,6 +327,20 @@ def place(pipe, offload, device):
         BlockOffload(pipe.transformer, device)
     elif offload == "sequential":
         accelerate.cpu_offload(pipe.transformer, execution_device=device)
+
+
+def check_tiling(vae):
+    """ValueError where `tile` cannot work: AutoencoderKLHunyuanImage's encoder (diffusers 0.42.1) cuts tiles along a
+    dimension that images do not have."""
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"--vae_tiling works with an AutoencoderKL; this model has an {type(vae).__name__}, leave it "
+                         "out")
+
+
+def tile(vae):
+    """Let an AutoencoderKL encode and decode what is larger than TILE_PX along a side in tiles of that size."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // flux.latent_scale(vae)
 
 
 @torch.no_grad()
@@ -371,14 +411,21 @@ def describe(args, dtype):
     }
 
 
-def free_stem(folder, source):
-    """A file name's beginning, after the picture, that no result in the folder has yet."""
+def result_ending(start, seed):
+    """What follows the stem in a result's file name."""
+    return f"_{start.label.replace(' ', '')}_seed{seed}.png"
+
+
+def free_stem(folder, source, endings):
+    """A file name's beginning, after the picture: one under which the folder holds nothing that ends in one of
+    `endings`, and so short that all these names fit a file system, also while they are written."""
     name = Path(urlsplit(source).path if URL.match(source) else source).stem or "image"
-    stem, number = name, 1
-    while (folder / f"{stem}_grid.png").exists():
-        number += 1
-        stem = f"{name}-{number}"
-    return stem
+    room = NAME_BYTES - max(len(f".{ending}.tmp") for ending in endings)
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        stem = name.encode()[: room - len(suffix)].decode(errors="ignore") + suffix  # whole characters
+        if not any((folder / f"{stem}{ending}").exists() for ending in endings):
+            return stem
 
 
 def edit_picture(args, pipe, picture, sigmas, starts, text, device, stem, common):
@@ -392,7 +439,7 @@ def edit_picture(args, pipe, picture, sigmas, starts, text, device, stem, common
             row.append(edit(args, pipe, latents, noise, sigmas, start, text, device, args.offload)[0])
             edited = Image.fromarray(to_uint8(row[-1]))
             edited.info["icc_profile"] = picture.info.get("icc_profile")
-            records.append({"file": f"{stem}_{start.label.replace(' ', '')}_seed{seed}.png"} | common | {
+            records.append({"file": stem + result_ending(start, seed)} | common | {
                 "start": start.label, "start_index": start.index, "sigma": start.sigma, "executed_steps": start.steps,
                 "seed": seed})
             save_png(Path(args.output, records[-1]["file"]), edited, records[-1])
@@ -416,6 +463,8 @@ def main(args):
     folder = writable_folder(args.output, "--output")
     small = flux.load_pipeline(args.pretrained_model_name_or_path, dtype, skip=(
         *flux.TEXT_PARTS, *flux.OPTIONAL_PARTS, "transformer"), **flux.source(args))
+    if args.vae_tiling:
+        check_tiling(small.vae)
     jobs = []
     for source, picture in read_pictures(args, small.vae):
         sigmas = noise_levels(small.vae, small.scheduler, args.num_inference_steps, *picture.size)
@@ -434,22 +483,23 @@ def main(args):
     conversions.append(conversion)
     print("\n".join(part.in_words() for part in conversions), flush=True)
     if args.vae_tiling:
-        pipe.vae.enable_tiling()
+        tile(pipe.vae)
     loaded = time.monotonic()
 
-    run, written = describe(args, dtype), 0
+    run, written = describe(args, dtype) | {"vae_tiling": args.vae_tiling}, 0
     for source, picture, sigmas, starts in jobs:
-        stem = free_stem(folder, source)
+        endings = [result_ending(start, args.seed + i) for start in starts for i in range(args.num_images)]
+        stem = free_stem(folder, source, [GRID_ENDING, REPORT_ENDING, *endings])
         rows, records = edit_picture(args, pipe, picture, sigmas, starts, text, device, stem, run | {
             "image": picture_name(source), "image_sha256": picture.info["sha256"], "width": picture.width,
             "height": picture.height})
         captions = [["", "", *(f"sigma {start.sigma:.3f}, seed {args.seed + i}" for start in starts)]
                     for i in range(len(rows))]
         image_grid(rows, ["picture", "VAE", *(start.label for start in starts)], captions).save(
-            folder / f"{stem}_grid.png")
-        write_json(folder / f"{stem}.json", {
+            folder / f"{stem}{GRID_ENDING}")
+        write_json(folder / f"{stem}{REPORT_ENDING}", {
             "results": records, "conversions": {part.component: part.record() for part in conversions},
-            "offload": args.offload, "vae_tiling": args.vae_tiling, "seconds_loading": round(loaded - begun, 2),
+            "offload": args.offload, "seconds_loading": round(loaded - begun, 2),
             "seconds": round(time.monotonic() - begun, 2), "peak_memory_bytes": peak_memory(device)})
         written += len(records)
     print(f"{written} results in {time.monotonic() - begun:.1f} s, of which {loaded - begun:.1f} s loading; "

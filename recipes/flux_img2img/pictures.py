@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -38,25 +40,40 @@ def find_pictures(sources):
 
 
 def fetch(url, timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES):
-    """The content of an http or https address, at most `max_bytes` after decompression, all of it within about
-    `timeout_s` seconds. FetchError names the address and what was wrong."""
-    deadline = time.monotonic() + timeout_s
-    target = url
+    """The content of an http or https address, at most `max_bytes` after decompression, all of it within `timeout_s`
+    seconds. FetchError names the address and what was wrong."""
+    content, deadline = Future(), time.monotonic() + timeout_s
+
+    def work():
+        try:
+            content.set_result(download(url, deadline, max_bytes))
+        except Exception as error:  # raised again below
+            content.set_exception(error)
+
+    # requests limits the wait for each answer of a socket, not a name's look-up, a handshake and headers in all. A
+    # daemon, because what does not end must not keep the program.
+    threading.Thread(target=work, daemon=True).start()
     try:
-        with requests.Session() as session:
-            for _ in range(MAX_REDIRECTS + 1):
-                # requests would follow by itself, and read the body of each redirect whatever its size
-                if split_address(target, url).scheme not in ("http", "https"):
-                    raise FetchError(url, f"only http:// and https:// are fetched, not {target.partition(':')[0]}:")
-                with session.get(target, stream=True, timeout=time_left(deadline), allow_redirects=False) as response:
-                    if not response.is_redirect:
-                        return read_body(response, url, deadline, max_bytes)
-                    target = urljoin(target, response.headers["location"])
+        return content.result(timeout_s)
     except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
         raise FetchError(url, f"no complete answer within {timeout_s:g} s; raise --timeout") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise FetchError(url, f"could not be fetched ({type(error).__name__}); check the address and the "
                          "network") from error
+
+
+def download(url, deadline, max_bytes):
+    """As `fetch`, until about `deadline` of time.monotonic, with requests' own errors."""
+    target = url
+    with requests.Session() as session:
+        for _ in range(MAX_REDIRECTS + 1):
+            # requests would follow by itself, and read the body of each redirect whatever its size
+            if split_address(target, url).scheme not in ("http", "https"):
+                raise FetchError(url, f"only http:// and https:// are fetched, not {target.partition(':')[0]}:")
+            with session.get(target, stream=True, timeout=time_left(deadline), allow_redirects=False) as response:
+                if not response.is_redirect:
+                    return read_body(response, url, deadline, max_bytes)
+                target = urljoin(target, response.headers["location"])
     raise FetchError(url, f"more than {MAX_REDIRECTS} redirects")
 
 
