@@ -3,6 +3,7 @@ jobs that restore them, one at a time and each into a folder of its own."""
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import secrets
@@ -10,8 +11,8 @@ import shlex
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +22,15 @@ from PIL import Image
 
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, item_rng, to_tensor
 from my_dataset.degradations import make_degrader
-from my_dataset.images import MIN_SIDE_PX, image_size, list_images, load_image, load_rgb, save_image
+from my_dataset.images import MAX_PIXELS, MIN_SIDE_PX, image_size, list_images, load_image, load_rgb, save_image
 from my_dataset.outputs import plan_outputs, sidecar_path
 from scripts.download_dataset import copy_sample
 from utils import flux, lora, metrics
 from utils.checkpoint import sha256
 from utils.failures import report_failures
-from utils.parse import write_json
+from utils.parse import make_parser, write_json
 from utils.session import (
+    add_restoration_args,
     check_restoration_args,
     choose_device,
     describe_run,
@@ -43,6 +45,8 @@ from utils.utils import to_uint8
 
 MAX_STEPS = 50
 FAST_STEPS = 8  # from pure noise, where one step gives a blur
+MAX_SEED = 2**63 - 1
+TEXTS_KEPT = 16
 CONTROLS = ("lora", "num_inference_steps", "start_noise", "lora_weight", "token_shifts", "tile", "color_fix", "seed")
 PRESETS = ("Recommended", "Closest to the photograph", "Most detail invented", "Fastest")
 # Photographs of scikit-image and scikit-learn, the damage they get, and the shipped LoRA that was trained on it.
@@ -62,25 +66,28 @@ class Stopped(Exception):
 
 
 class Lora(NamedTuple):
-    """A LoRA that is loaded. file: None for the base model alone. adapter: its name in the pipeline. settings, steps,
-    start_noise: those of utils.session.resolve_settings."""
+    """A LoRA that is loaded. file: None for the base model alone. adapter: its name in the pipeline. text: that of
+    `text_by_weight`. settings, steps, start_noise: those of utils.session.resolve_settings."""
 
     file: str | None
     adapter: str
-    text: flux.TextEmbeds
+    text: Callable
     settings: dict
     steps: int
     start_noise: float
 
 
 class Served(NamedTuple):
-    """A model that is loaded. loras: {name on the page: Lora}. lock: held by the job that uses the model."""
+    """A model that is loaded. loras: {name on the page: Lora}. folder: for this server's jobs, whose results alone it
+    gives out. lock: held by the job that uses the model. running: {session: event that stops its job}."""
 
     args: argparse.Namespace
     pipe: object
     dtype: torch.dtype
     loras: dict[str, Lora]
+    folder: Path
     lock: threading.Lock
+    running: dict
 
 
 class Example(NamedTuple):
@@ -113,6 +120,20 @@ def size_of(rgb):
     return f"{rgb.shape[1]} × {rgb.shape[0]} px"
 
 
+def text_by_weight(job, settings, text, device, dtype):
+    """A function that gives the TextEmbeds of the prompt for a weight of the job's LoRA. Only a file with a part for
+    CLIP has it encoded again. text: that of the job's own weight."""
+    if not job.lora or not lora.has_text_part(job.lora):
+        return lambda weight: text
+
+    @functools.lru_cache(TEXTS_KEPT)
+    def encode(weight):
+        weighted = argparse.Namespace(**vars(job) | {"lora_weight": weight})
+        return text if weight == job.lora_weight else encode_text(weighted, settings, device, dtype, job.lora)
+
+    return encode
+
+
 def serve(args):
     """Load the model and all LoRAs that --lora names. ValueError where one does not fit."""
     device, dtype = choose_device(args)
@@ -128,11 +149,20 @@ def serve(args):
             lora.add(pipe, f"restoration_{i}", *lora.read(file))
 
     pipe, text = load_models(jobs[0], resolved[0][0], device, dtype, add_others)
-    loras = {labels[0]: Lora(files[0], "restoration", text, *resolved[0])}
-    for i in range(1, len(files)):
-        text = encode_text(jobs[i], resolved[i][0], device, dtype, files[i])
-        loras[labels[i]] = Lora(files[i], f"restoration_{i}", text, *resolved[i])
-    return Served(args, pipe, dtype, loras, threading.Lock())
+    loras = {}
+    for i, (label, job) in enumerate(zip(labels, jobs, strict=True)):
+        settings = resolved[i][0]
+        text = encode_text(job, settings, device, dtype, job.lora) if i else text
+        loras[label] = Lora(job.lora, f"restoration_{i}" if i else "restoration",
+                            text_by_weight(job, settings, text, device, dtype), *resolved[i])
+    return Served(args, pipe, dtype, loras, new_folder(Path(args.output, "jobs")), threading.Lock(), {})
+
+
+def stop_all(served):
+    """Stop every job at its next call of the model, and let none use it again."""
+    for event in list(served.running.values()):
+        event.set()
+    served.lock.acquire()
 
 
 def job_args(served, controls):
@@ -165,15 +195,26 @@ def fidelity_of(settings, start_noise):
     return (hi - start_noise) / (hi - lo)
 
 
-def command_line(served, controls, name):
-    """The command that restores the file `name` as the page did. Absolute paths are cut to their last part."""
+def command_line(served, controls, name, ext="auto"):
+    """The command that restores the file `name` as the page did: the controls, and what else differs from that
+    command's defaults. ext: as for my_dataset.outputs.plan_outputs. Absolute paths are cut to their last part."""
     job = job_args(served, controls)
-    options = {"pretrained_model_name_or_path": job.pretrained_model_name_or_path, "lora": job.lora}
-    options = {flag: Path(path).name if Path(path).is_absolute() else path for flag, path in options.items() if path}
-    options |= {flag: f"{controls[flag]:g}" if isinstance(controls[flag], float) else controls[flag]
-                for flag in CONTROLS[1:]} | {"input": name, "output": "restored"}
-    words = itertools.chain.from_iterable((f"--{flag}", str(value)) for flag, value in options.items())
-    return shlex.join(["python", "test_deg_lora_flux_kontext.py", *words, "--no-merge_lora"])
+    parser = make_parser(None)
+    add_restoration_args(parser)
+    defaults = vars(parser.parse_args(["--pretrained_model_name_or_path", ""]))
+    options = {flag: vars(job)[flag] for flag, default in defaults.items()
+               if flag != "config" and (flag in CONTROLS or vars(job)[flag] != default)}
+    options |= {"ext": ext} if ext != "auto" else {}
+    options |= {"max_pixels": job.max_pixels} if job.max_pixels > MAX_PIXELS else {}
+    words = ["python", "test_deg_lora_flux_kontext.py"]
+    for flag, value in (options | {"input": name, "output": "restored"}).items():
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            is_path = flag in ("pretrained_model_name_or_path", "lora", "cache_dir") and Path(value).is_absolute()
+            words += [f"--{flag}", f"{value:.12g}" if isinstance(value, float) else Path(value).name if is_path
+                      else str(value)]
+    return shlex.join(words)
 
 
 def read_photograph(path, max_pixels):
@@ -189,9 +230,10 @@ def read_photograph(path, max_pixels):
     return load_image(path, max_pixels, name)
 
 
-def new_folder(output):
-    """Path of a folder for one job, not made yet. Its name begins with the time; the rest cannot be guessed."""
-    return Path(output, "jobs", f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(8)}")
+def new_folder(parent):
+    """Path of a folder for one job, or for those of one server, not made yet. Its name begins with the time; the rest
+    cannot be guessed."""
+    return Path(parent, f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(8)}")
 
 
 def model_calls(tiling, height, width, multiple, steps):
@@ -231,8 +273,8 @@ def restore(served, controls, rgb, tell):
         tiling = choose_tiling(job, settings, served.pipe.vae)
         total = model_calls(tiling, height, width, flux.size_multiple(served.pipe.vae), steps)
         with watched(served.pipe.transformer, total, tell):
-            restored, used = restore_image(served.pipe, to_tensor(rgb)[None], lora.text, settings, steps, job.seed,
-                                           start_noise, tiling, job.color_fix)
+            restored, used = restore_image(served.pipe, to_tensor(rgb)[None], lora.text(job.lora_weight), settings,
+                                           steps, job.seed, start_noise, tiling, job.color_fix)
     return restored, describe_run(job, settings, steps, start_noise, served.dtype) | {"seed": job.seed,
                                                                                       "tiles_used": used}
 
@@ -262,11 +304,11 @@ def restore_files(served, controls, paths, ext, tell):
 
     Returns ([(path, Restored with a thumbnail alone, or ValueError)], zip file of all that was written or None). After
     Stopped, those that were done before."""
-    folder, rows = new_folder(served.args.output), []
+    folder, rows = new_folder(served.folder), []
     folder.mkdir(parents=True)
     for i, (path, output) in enumerate(zip(paths, plan_job(paths, folder, ext), strict=True)):
         try:
-            restored = restore_file(served, controls, path, output, partial(tell, i))
+            restored = restore_file(served, controls, path, output, functools.partial(tell, i))
             rows.append((path, restored._replace(before=None, after=to_show(np.asarray(restored.after), THUMBNAIL_PX))))
         except ValueError as error:
             rows.append((path, error))
@@ -289,7 +331,7 @@ def score_file(served, controls, path, preset, damage_seed, tell):
     Returns (Restored, clean picture to show, {"degraded" or "restored": {metric: value}}, degradation parameters)."""
     clean = read_photograph(path, served.args.max_pixels).rgb
     degraded, params = make_degrader(preset=preset)(clean, item_rng(damage_seed, 0, 0, DEGRADATION_STREAM))
-    folder, stem = new_folder(served.args.output), Path(path).stem
+    folder, stem = new_folder(served.folder), Path(path).stem
     started = time.monotonic()
     restored, run = restore(served, controls, degraded, tell)
     seconds, target = time.monotonic() - started, to_tensor(clean)[None]

@@ -50,14 +50,13 @@ def told_to_user():
 
 
 @contextlib.contextmanager
-def stoppable(running, request):
-    """Inside, a job of the request's session runs; gives the event that is set to stop it. running: {session:
-    event}."""
-    event = running[request.session_hash] = threading.Event()
+def stoppable(served, request):
+    """Inside, a job of the request's session runs; gives the event that is set to stop it."""
+    event = served.running[request.session_hash] = threading.Event()
     try:
         yield event
     finally:
-        running.pop(request.session_hash, None)
+        served.running.pop(request.session_hash, None)
 
 
 def make_tell(event, of=1):
@@ -92,7 +91,8 @@ def settings_panel(page, served):
         fidelity = gr.Slider(0, 1, step=0.01, label="Fidelity", info="1: stays closest to the photograph; 0: invents "
                                                                      "most")
         start_noise = gr.Slider(0, 1, step=0.01, label="Start noise")
-        steps = gr.Slider(1, jobs.MAX_STEPS, step=1, label="Steps")
+        most_steps = max(jobs.MAX_STEPS, *(choice.steps for choice in served.loras.values()))
+        steps = gr.Slider(1, most_steps, step=1, label="Steps")
         weight = gr.Slider(0, 2, step=0.05, label="LoRA weight", info="1: as trained; 0: off")
         shifts = gr.Radio([1, 2, 4, 8], label="Token shifts", info="The mean over so many token grids has no blocks; "
                                                                     "so many times slower")
@@ -101,7 +101,7 @@ def settings_panel(page, served):
                            info="Larger pictures are restored piece by piece; auto: pieces as large as in training")
         color = gr.Radio(COLOR_FIXES, label="Colour fix", info="Colours from the photograph; off where colour is what "
                                                                 "is damaged")
-        seed = gr.Number(served.args.seed, precision=0, minimum=0, label="Seed of the noise")
+        seed = gr.Number(served.args.seed, precision=0, minimum=0, maximum=jobs.MAX_SEED, label="Seed of the noise")
     changed = [lora, fidelity, start_noise, steps, weight, shifts, tile, color]
 
     def apply(name, preset):
@@ -117,8 +117,8 @@ def settings_panel(page, served):
             gr.Slider(value=values["start_noise"], minimum=lo if has_range else 0, maximum=hi if has_range else 1,
                       interactive=has_range,
                       info="The same on the scale of the training" if has_range else f"Trained at {lo:g} alone"),
-            gr.Slider(value=values["num_inference_steps"], maximum=max(most, 2), interactive=most > 1,
-                      info="More are slower" if most > 1 else "Trained for 1 alone"),
+            gr.Slider(value=values["num_inference_steps"], maximum=max(most, 2, served.loras[name].steps),
+                      interactive=most > 1, info="More are slower" if most > 1 else "Trained for 1 alone"),
             *(values[name] for name in ("lora_weight", "token_shifts", "tile", "color_fix")),
         ]
 
@@ -173,7 +173,7 @@ def lora_of(example, served):
     return example.lora if example.lora in served.loras else gr.skip()
 
 
-def restore_tab(served, controls, examples, run_options, running):
+def restore_tab(served, controls, examples, run_options):
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             upload, _ = photograph_input(served, "Drop a photograph here, or click", "photo")
@@ -191,16 +191,16 @@ def restore_tab(served, controls, examples, run_options, running):
                 command = gr.Textbox(show_label=False, container=False, lines=4, interactive=False, buttons=["copy"])
 
     def restore(request: gr.Request, path, ext, *values):
-        with told_to_user(), stoppable(running, request) as event:
+        with told_to_user(), stoppable(served, request) as event:
             if path is None:
                 raise ValueError("Choose a photograph first.")
-            output, = jobs.plan_job([path], jobs.new_folder(served.args.output), ext)
+            output, = jobs.plan_job([path], jobs.new_folder(served.folder), ext)
             result = jobs.restore_file(served, controls_of(values), path, output, partial(make_tell(event), 0))
             return (
                 (result.before, result.after),
                 f"{result.size}, restored in {result.seconds:.1f} s",
                 gr.DownloadButton(value=str(result.path), interactive=True),
-                jobs.command_line(served, controls_of(values), Path(path).name),
+                jobs.command_line(served, controls_of(values), Path(path).name, ext),
             )
 
     def choose(event: gr.SelectData):
@@ -213,7 +213,7 @@ def restore_tab(served, controls, examples, run_options, running):
     return stop
 
 
-def batch_tab(served, controls, run_options, running):
+def batch_tab(served, controls, run_options):
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             uploads = gr.File(label=f"Drop photographs here, up to {served.args.max_files}", file_count="multiple",
@@ -230,7 +230,7 @@ def batch_tab(served, controls, run_options, running):
             download = gr.DownloadButton("Download all as a ZIP file", interactive=False)
 
     def restore_all(request: gr.Request, files, folder, ext, *values):
-        with told_to_user(), stoppable(running, request) as event:
+        with told_to_user(), stoppable(served, request) as event:
             # A folder brings along what is no photograph: Thumbs.db, notes, hidden files.
             paths = [*(files or []), *(path for path in folder or [] if Path(path).suffix.lower() in EXTENSIONS
                                        and not Path(path).name.startswith("."))]
@@ -253,12 +253,12 @@ def batch_tab(served, controls, run_options, running):
     return stop
 
 
-def score_tab(served, controls, examples, run_options, running):
+def score_tab(served, controls, examples, run_options):
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             upload, _ = photograph_input(served, "Drop a clean photograph here, or click", "clean")
             preset = gr.Dropdown(list(DEGRADATION_PRESETS), value="heavy", label="Damage")
-            seed = gr.Number(0, precision=0, minimum=0, label="Seed of the damage")
+            seed = gr.Number(0, precision=0, minimum=0, maximum=jobs.MAX_SEED, label="Seed of the damage")
             with gr.Row():
                 run = gr.Button("Degrade and restore", variant="primary")
                 stop = gr.Button("Stop")
@@ -274,7 +274,7 @@ def score_tab(served, controls, examples, run_options, running):
             download = gr.DownloadButton("Download the restored photograph", interactive=False)
 
     def degrade_and_restore(request: gr.Request, path, preset, damage_seed, *values):
-        with told_to_user(), stoppable(running, request) as event:
+        with told_to_user(), stoppable(served, request) as event:
             if path is None or damage_seed is None:
                 raise ValueError("Choose a clean photograph and a seed first.")
             result, target, scores, params = jobs.score_file(served, controls_of(values), path, preset, damage_seed,
@@ -299,7 +299,7 @@ def score_tab(served, controls, examples, run_options, running):
 
 def launch(served, examples):
     """Build the page and serve it in a thread of its own. Returns the gradio.Blocks."""
-    args, running = served.args, {}
+    args = served.args
     run_options = {"concurrency_id": "model", "concurrency_limit": 1}  # one model, so one job at a time
     with gr.Blocks(title="Photo restoration", analytics_enabled=False,
                    delete_cache=(KEEP_UPLOADS_S, KEEP_UPLOADS_S)) as page:
@@ -309,14 +309,14 @@ def launch(served, examples):
                 controls = settings_panel(page, served)
             with gr.Column(scale=4, min_width=320):
                 with gr.Tab("Restore"):
-                    stops = [restore_tab(served, controls, examples, run_options, running)]
+                    stops = [restore_tab(served, controls, examples, run_options)]
                 with gr.Tab("Many photographs"):
-                    stops.append(batch_tab(served, controls, run_options, running))
+                    stops.append(batch_tab(served, controls, run_options))
                 with gr.Tab("Degrade and restore"):
-                    stops.append(score_tab(served, controls, examples, run_options, running))
+                    stops.append(score_tab(served, controls, examples, run_options))
 
         def stop(request: gr.Request):
-            if event := running.get(request.session_hash):
+            if event := served.running.get(request.session_hash):
                 event.set()
 
         for button in stops:
@@ -325,11 +325,13 @@ def launch(served, examples):
 
     theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONO_FONTS).set(
         block_info_text_color="*neutral_500", body_text_color_subdued="*neutral_500")  # the defaults are hardly seen
-    # Results and examples are served by path, and Gradio's own copies of uploads; nothing else, not even in --output.
-    served_folders = [str(Path(args.output, name)) for name in ("jobs", "examples")]
+    # This server's results and the examples are served by path, and Gradio's own copies of uploads; nothing else, not
+    # even in --output.
+    served_folders = [str(served.folder), str(Path(args.output, "examples"))]
     page.queue(max_size=args.queue_size)
     page.launch(
-        server_name=args.host, server_port=args.port or None, share=False, quiet=True, prevent_thread_lock=True,
-        max_file_size=args.max_upload_mb * 2**20, allowed_paths=served_folders, footer_links=[], run_history=False,
-        enable_monitoring=False, ssr_mode=False, show_error=False, css=CSS, theme=theme)
+        server_name=f"[{args.host}]" if ":" in args.host else args.host, server_port=args.port or None, share=False,
+        quiet=True, prevent_thread_lock=True, max_file_size=args.max_upload_mb * 2**20, allowed_paths=served_folders,
+        footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, show_error=False, css=CSS,
+        theme=theme)
     return page

@@ -1,10 +1,13 @@
 """The web demo: its jobs, and its page in a real browser (Debian's Chromium, driven by Playwright)."""
 
+import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from tests.conftest import PROJECT_ROOT, need_for_browser, photograph
 from utils import flux, lora, metrics, restore
 from utils.tiles import Tiling, restore_tiled
 
+# What an earlier server that was killed left in --output: an upload and a result.
+LEFT = (f"{web_demo.CACHE}/old/photo.png", "jobs/20260101-000000-0/photo_restored.png")
 SCRIPT_NAME = "<img src=x onerror=document.title='owned'>.png"
 
 
@@ -50,9 +55,29 @@ def range_lora(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def text_lora(tiny_model, tmp_path_factory):
+    """Folder with a LoRA for tiny_model's transformer and CLIP."""
+    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
+    _, text_encoder = flux.load_text_encoder(tiny_model, "cpu", torch.float32)
+    lora.attach(pipe.transformer, rank=2)
+    lora.attach(text_encoder, rank=2, layers=lora.CLIP_LAYERS)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (*lora.parameters(pipe.transformer), *lora.parameters(text_encoder)):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("text") / "text-lora"
+    lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
+        "start_noise": [0.5, 0.5], "max_sequence_length": 16, "base_model": tiny_model}, text_encoder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def demo_args(tiny_model, tiny_lora, range_lora, tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    for name in LEFT:
+        (output / name).parent.mkdir(parents=True)
+        save(output / name)
     return ["--pretrained_model_name_or_path", tiny_model, "--lora", range_lora, tiny_lora, "--output",
-            str(tmp_path_factory.mktemp("demo")), "--port", "0", "--max_pixels", "300000", "--max_upload_mb", "1",
+            str(output), "--port", "0", "--max_pixels", "300000", "--max_upload_mb", "1",
             "--max_files", "3", "--queue_size", "2"]
 
 
@@ -94,27 +119,71 @@ def test_progress_counts_the_very_calls_of_the_model(tiny_pipe, height, width, t
     assert told == list(range(1, total + 1))
 
 
-@pytest.mark.parametrize("number, changed", [
-    (0, {"start_noise": 0.35, "tile": "32", "token_shifts": 2, "color_fix": "wavelet", "seed": 3}),
-    (1, {"lora_weight": 0.5, "num_inference_steps": 2}),
-])
-def test_a_job_gives_what_the_command_line_that_it_shows_gives(served, tmp_path, monkeypatch, number, changed):
-    source, output = save(tmp_path / "a photo.png", 72), tmp_path / "web" / "a photo.png"
-    controls = controls_for(served, number, **changed)
+def restore_twice(served, controls, folder, ext="png"):
+    """(words of the command line, its output as bytes, the job's, the job's sidecar): a photograph as the page restores
+    it, and as the command line that the page shows does."""
+    source, output = save(folder / "a photo.png", 72), folder / "web" / f"a photo.{ext}"
     web_jobs.restore_file(served, controls, source, output, no_tell)
-    command = web_jobs.command_line(served, controls, source.name)
-    assert str(tmp_path) not in command and served.args.pretrained_model_name_or_path not in command
+    command = web_jobs.command_line(served, controls, source.name, ext)
+    assert str(folder) not in command and served.args.pretrained_model_name_or_path not in command
 
     words = shlex.split(command)
     assert words[:2] == ["python", "test_deg_lora_flux_kontext.py"]
     file = served.loras[controls["lora"]].file
     paths = {"--pretrained_model_name_or_path": served.args.pretrained_model_name_or_path, "--lora": file}
-    words = [paths.get(flag, word) for flag, word in zip([""] + words, words, strict=False)]
-    monkeypatch.chdir(tmp_path)
-    test_script.main(test_script.parse_args(words[2:]))
-    assert (tmp_path / "restored" / "a photo.png").read_bytes() == output.read_bytes()
-    run = json.loads(output.with_name("a photo.png.json").read_text())
+    full = [paths.get(flag, word) for flag, word in zip([""] + words, words, strict=False)]
+    with contextlib.chdir(folder):
+        test_script.main(test_script.parse_args(full[2:]))
+    return (words, (folder / "restored" / output.name).read_bytes(), output.read_bytes(),
+            json.loads(output.with_name(f"{output.name}.json").read_text()))
+
+
+@pytest.mark.parametrize("number, ext, changed", [
+    (0, "png", {"start_noise": 0.35, "tile": "32", "token_shifts": 2, "color_fix": "wavelet", "seed": 3}),
+    (1, "jpg", {"lora_weight": 0.5, "num_inference_steps": 2}),
+])
+def test_a_job_gives_what_the_command_line_that_it_shows_gives(served, tmp_path, number, ext, changed):
+    controls = controls_for(served, number, **changed)
+    _, by_command, by_page, run = restore_twice(served, controls, tmp_path, ext)
+    assert by_command == by_page
     assert run["sampled_start_noise"] == controls["start_noise"] and run["lora"]["weight"] == controls["lora_weight"]
+
+
+SERVED_OPTIONS = ["--prompt", "a cat", "--guidance_scale", "3", "--tile_overlap", "16", "--tile_batch", "2",
+                  "--max_sequence_length", "8", "--vae_encode_mode", "sample", "--dtype", "fp32"]
+
+
+def test_what_the_server_was_started_with_is_on_the_command_line_too(served, demo_args, tmp_path):
+    args = parse([*demo_args, *SERVED_OPTIONS, "--max_pixels", "300000000"])
+    other = web_jobs.serve(args)
+    controls = controls_for(other, tile="32", num_inference_steps=2)
+    words, by_command, by_page, _ = restore_twice(other, controls, tmp_path)
+    options = dict(zip(words[2:-1], words[3:], strict=True))
+    assert {flag: options[flag] for flag in SERVED_OPTIONS[::2]} == dict(
+        zip(SERVED_OPTIONS[::2], SERVED_OPTIONS[1::2], strict=True))
+    assert by_command == by_page and options["--max_pixels"] == "300000000"
+    web_jobs.restore_file(served, controls, tmp_path / "a photo.png", tmp_path / "plain.png", no_tell)
+    assert (tmp_path / "plain.png").read_bytes() != by_page
+
+    args = parse([*demo_args, "--revision", "main", "--variant", "fp16", "--cache_dir", "/models", "--compile"])
+    command = web_jobs.command_line(served._replace(args=args), controls, "photo.png")
+    for words in ("--revision main --variant fp16 --cache_dir models ", " --compile ", " --no-merge_lora "):
+        assert words in command
+    assert "--prompt" not in command and "--dtype" not in command
+
+
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_the_weight_reaches_the_text_encoders_part_of_a_lora(demo_args, text_lora, tmp_path, weight):
+    served = web_jobs.serve(parse([*demo_args[:2], "--lora", text_lora, "--output", str(tmp_path / "demo")]))
+    text, = (lora.text for lora in served.loras.values())
+    assert text(weight) is text(weight) and not torch.equal(text(weight).pooled, text(1).pooled)
+    _, by_command, by_page, _ = restore_twice(served, controls_for(served, lora_weight=weight), tmp_path)
+    assert by_command == by_page
+
+
+def test_a_lora_without_a_part_for_the_text_encoder_has_its_text_encoded_once(served):
+    for each in served.loras.values():
+        assert each.text(0) is each.text(1)
 
 
 def test_a_stopped_job_writes_nothing_and_the_next_is_as_if_it_had_not_been(served, tmp_path):
@@ -216,7 +285,8 @@ def test_the_bare_command_takes_the_embedded_model_and_its_loras_and_this_machin
         "assets/tiny-kontext", ["assets/tiny-kontext-deg-lora", "assets/tiny-kontext-old-photo-lora"], "127.0.0.1")
 
 
-@pytest.mark.parametrize("argv, words", [(["--port", "-1"], "--port"), (["--max_files", "0"], "--max_files"),
+@pytest.mark.parametrize("argv, words", [(["--port", "-1"], "--port"), (["--port", "70000"], "--port 70000: give 0 to"),
+                                         (["--max_files", "0"], "--max_files"),
                                          (["--pretrained_model_name_or_path", "./nowhere"], "no such folder")])
 def test_senseless_options_are_refused_by_name(argv, words):
     with pytest.raises(ValueError, match=words):
@@ -228,6 +298,22 @@ def test_a_port_that_is_taken_is_said_before_a_model_loads(tmp_path):
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: Address already in use.*; choose another"):
             web_demo.start(parse(["--output", str(tmp_path), "--port", str(port)]))
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "2001:db8::1"])
+def test_a_foreign_address_is_not_blamed_on_the_port(tmp_path, host):
+    with pytest.raises(ValueError, match=f"^--host {host}: .*; name an address of this machine$"):
+        web_demo.start(parse(["--output", str(tmp_path), "--host", host, "--port", "0"]))
+
+
+def test_two_servers_do_not_share_a_folder_and_so_their_uploads(tmp_path):
+    web_demo.take(tmp_path)
+    upload = tmp_path / web_demo.CACHE / "photo.png"
+    upload.parent.mkdir()
+    save(upload)
+    with pytest.raises(ValueError, match=f"^--output {tmp_path}: another web demo uses it"):
+        web_demo.start(parse(["--output", str(tmp_path), "--port", "0"]))
+    assert upload.exists()
 
 
 def test_without_gradio_one_line_says_what_to_do(monkeypatch):
@@ -259,7 +345,7 @@ def test_examples_are_made_once_clean_and_degraded(tmp_path):
 def site(demo_args):
     """The page as the command starts it, as gradio.Blocks."""
     need_for_browser("gradio")
-    site = web_demo.start(web_demo.parse_args(demo_args))
+    _, site = web_demo.start(web_demo.parse_args(demo_args))
     yield site
     site.close()
 
@@ -315,17 +401,19 @@ def job_of(site, pixels):
     return same[0]
 
 
-def ask(site, path, steps=4):
-    """Ask for a restoration by hand, without the page; gives the address of the answer."""
+def ask(site, path, steps=4, seed=0, damage=None):
+    """Ask for a restoration by hand, without the page; gives the address of the answer. damage: instead of restoring,
+    the first values after the photograph for degrading and restoring."""
     photo = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [photo, "auto", "range-lora", steps, 0.5, 1, 1, "auto", "off", 0]}).encode()
-    url = f"{site.local_url}gradio_api/call/restore"
+    values = [photo, *(damage or ["auto"]), "range-lora", steps, 0.5, 1, 1, "auto", "off", seed]
+    body = json.dumps({"data": values}).encode()
+    url = f"{site.local_url}gradio_api/call/{'degrade_and_restore' if damage else 'restore'}"
     with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})) as answer:
         return f"{url}/{json.load(answer)['event_id']}"
 
 
-def answer_to(site, path, steps=4):
-    with urllib.request.urlopen(ask(site, path, steps), timeout=30) as answer:
+def answer_to(site, path, **values):
+    with urllib.request.urlopen(ask(site, path, **values), timeout=30) as answer:
         return answer.read().decode()
 
 
@@ -545,7 +633,9 @@ def test_requests_made_by_hand_get_no_foreign_file_and_no_endless_job(site, tmp_
     secret = tmp_path / "secret.png"
     save(secret)
     before = result_folders(site)
-    for path in (secret, Path(web_demo.__file__), Path("/etc/passwd"), Path(site.allowed_paths[0], "..", "cache.png")):
+    outside = Path(site.allowed_paths[1], "..", "web_demo.lock")
+    assert outside.exists()
+    for path in (secret, Path(web_demo.__file__), Path("/etc/passwd"), outside):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{site.local_url}gradio_api/file={path}", timeout=10)
         assert refused.value.code in (403, 404)
@@ -558,10 +648,12 @@ def test_requests_made_by_hand_get_no_foreign_file_and_no_endless_job(site, tmp_
         with pytest.raises(TimeoutError):
             listener.accept()
 
-    uploaded = Path(site.allowed_paths[0], "..", "cache", "0", "photo.png").resolve()
+    uploaded = Path(os.environ["GRADIO_TEMP_DIR"], "0", "photo.png")
     uploaded.parent.mkdir()
     save(uploaded)
     assert "event: error" in answer_to(site, uploaded, steps=10**9)
+    for values in ({"seed": 2**64}, {"damage": ["heavy", 2**64]}):
+        assert f"is greater than maximum value {2**63 - 1}" in answer_to(site, uploaded, **values)
     assert result_folders(site) == before
     assert "event: complete" in answer_to(site, uploaded)
 
@@ -579,3 +671,67 @@ def test_only_this_machine_can_reach_the_page(site):
         pass
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", site.server_port), timeout=5)
+
+
+def test_steps_of_the_command_line_beyond_the_sliders_usual_end_can_be_restored_with(demo_args, tmp_path):
+    need_for_browser("gradio")
+    import gradio
+
+    from scripts import web_page
+
+    served = web_jobs.serve(parse([*demo_args[:2], "--output", str(tmp_path), "--num_inference_steps", "60"]))
+    with gradio.Blocks() as page:
+        first = web_page.settings_panel(page, served)[1]
+    apply = next(function.fn for function in page.fns.values() if function.name == "apply")
+    for slider in (first, apply("base model alone", web_jobs.PRESETS[0])[3]):
+        assert slider.preprocess(60) == 60
+
+
+def get(url):
+    """HTTP status of a request."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_what_an_earlier_server_left_is_not_served(site, demo_args):
+    """demo_args put it there: its uploads are deleted, its results are kept."""
+    output = Path(demo_args[demo_args.index("--output") + 1])
+    upload, result = output / LEFT[0], output / LEFT[1]
+    assert not upload.exists() and result.exists()
+    assert [get(f"{site.local_url}gradio_api/file={path}") for path in (upload, result)] == [403, 403]
+
+
+def test_sigterm_ends_the_page_and_its_job_in_order_and_deletes_the_uploads(served, tmp_path, monkeypatch):
+    closed, args = [], parse(["--output", str(tmp_path)])
+    page = argparse.Namespace(local_url="", close=lambda verbose: closed.append(verbose))
+    served = served._replace(lock=threading.Lock(), running={"session": threading.Event()})
+    monkeypatch.setattr(web_demo, "start", lambda _: (served, page))
+    upload = tmp_path / web_demo.CACHE / "photo.png"
+    upload.parent.mkdir()
+    save(upload)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        web_demo.main(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert closed == [False] and list(tmp_path.iterdir()) == []
+    assert served.running["session"].is_set() and served.lock.locked()  # so that no job begins any more
+
+
+def test_an_ipv6_address_can_be_listened_on(site, served):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    from scripts import web_page
+
+    args = argparse.Namespace(**vars(served.args) | {"host": "::1", "port": 0})
+    page = web_page.launch(served._replace(args=args), [])
+    try:
+        assert page.local_url.startswith("http://[::1]:") and get(page.local_url) == 200
+    finally:
+        page.close()
