@@ -71,8 +71,8 @@ def parse_args(argv=None):
     run.replace_obsolete(args)
     run.check_training_args(args)
     lora.check_lora_args(args)
-    check_least(args, repeats=1, num_class_images=1, sample_batch_size=1, prior_loss_weight=0, text_encoder_lr=0,
-                cond_resolution=16, max_pixels=1, dataloader_num_workers=0)
+    check_least(args, logit_std=0, repeats=1, num_class_images=1, sample_batch_size=1, prior_loss_weight=0,
+                text_encoder_lr=0, cond_resolution=16, max_pixels=1, dataloader_num_workers=0)
     if not 0 <= args.caption_dropout <= 1:
         raise ValueError(f"--caption_dropout {args.caption_dropout}: give 0 to 1")
     if args.lora_alpha != args.rank:
@@ -271,8 +271,8 @@ def main(args):
     stop = run.StopSignal(accelerator.num_processes)
     guard = run.FiniteGuard()
     progress = run.Progress(accelerator, args, step)
-    if step == 0:
-        validate()  # the base model, before any training
+    if run.lacks_validation(accelerator, args, step, validation_steps):
+        validate()  # at step 0 the base model, before any training
         progress.restart()
     batches = iter(loader)
     while step < args.max_train_steps:

@@ -252,7 +252,7 @@ def test_impossible_train_sigmas_are_refused_by_name(text):
 
 def flow_args(**changes):
     args = {"start_noise": "0.5", "bridge_noise": 0.0, "train_sigmas": "table", "weighting_scheme": "none",
-            "timestep_shift": "none", "reference_tokens": True}
+            "logit_std": 1.0, "timestep_shift": "none", "reference_tokens": True}
     return SimpleNamespace(**args | changes)
 
 

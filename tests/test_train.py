@@ -129,14 +129,20 @@ def test_training_lowers_the_loss_and_the_lora_file_keeps_what_was_validated(tra
     assert len(sizes) > 6 and set(sizes) == {(4, 4)}  # a photograph without target is restored in tiles of 32 px
 
 
-def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_to_the_same_end(train, tmp_path, sigterm_in_step):
-    straight = train(f"--max_train_steps 5 --output_dir {tmp_path / 'straight'}")
+def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_to_the_same_end(train, photos, tmp_path, sigterm_in_step):
+    shared = (f"--max_train_steps 5 --heldout_root {photos / 'heldout'} --validation_steps 2 --num_validation_images 1 "
+              "--num_inference_steps 1")
+    straight = train(shared, f"--output_dir {tmp_path / 'straight'}")
     undo = sigterm_in_step(script, 2)
-    flags = f"--max_train_steps 5 --checkpointing_steps 0 --output_dir {tmp_path / 'stopped'}"
+    flags = f"{shared} --checkpointing_steps 0 --output_dir {tmp_path / 'stopped'}"
     assert train(flags) == 128 + signal.SIGTERM
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "stopped")] == [2]
     undo()
     assert train(flags, "--resume_from_checkpoint latest") == straight
+    # the validation of step 2 too, which the signal came before
+    validations = [[(row["step"], row["validation/loss"]) for row in metrics(tmp_path / name)
+                    if "validation/loss" in row] for name in ("straight", "stopped")]
+    assert validations[0] == validations[1] and [step for step, _ in validations[0]] == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

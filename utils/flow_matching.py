@@ -16,6 +16,8 @@ import math
 
 import torch
 
+from utils.parse import check_least
+
 SMALLEST_START_NOISE = 0.1  # below, velocity = (start - x) / k grows without need; 0 itself is the bridge
 SMALLEST_BRIDGE_POSITION = 1e-3  # with bridge noise the velocity's noise term grows as 1 / sqrt(s)
 SMALLEST_POSITION = 1e-5  # that is drawn where s is continuous
@@ -81,6 +83,7 @@ def parse_train_sigmas(text):
 
 def check_flow_args(args):
     """Refuse flow options that contradict each other, before anything loads. ValueError with the cure."""
+    check_least(args, logit_std=0)
     _, hi = parse_start_noise(args.start_noise)
     sigmas = parse_train_sigmas(args.train_sigmas)
     if not 0 <= args.bridge_noise < math.inf or (args.bridge_noise > 0 and hi > 0):

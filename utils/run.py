@@ -127,7 +127,7 @@ def check_training_args(args):
     from accelerate.tracking import get_available_trackers
 
     check_least(args, train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1, max_train_steps=1,
-                logging_steps=1, checkpoints_total_limit=1, checkpointing_steps=0, seed=0, max_grad_norm=0, logit_std=0,
+                logging_steps=1, checkpoints_total_limit=1, checkpointing_steps=0, seed=0, max_grad_norm=0,
                 validation_steps=1, validation_epochs=1, num_validation_images=0,
                 num_inference_steps=1, max_sequence_length=1)
     if args.max_sequence_length > 512:
@@ -241,6 +241,16 @@ def plan_steps(args, items, num_processes):
     steps_per_epoch = math.ceil(items / (global_batch * args.gradient_accumulation_steps))
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     return args.validation_steps or args.validation_epochs * steps_per_epoch
+
+
+def lacks_validation(accelerator, args, step, validation_steps):
+    """True, on all processes or none, where a validation belongs before step + 1 and its picture is not there: before
+    training, and where a run was stopped between a checkpoint and its validation."""
+    from accelerate.utils import broadcast_object_list
+
+    picture = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
+    is_lacking = [step % validation_steps == 0 and not picture.exists()]
+    return broadcast_object_list(is_lacking)[0]  # the main process alone may see the folder
 
 
 def print_plan(accelerator, args, images, step, validation_steps, plan):

@@ -305,8 +305,8 @@ def main(args):
     # --- the loop
     stop = run.StopSignal(accelerator.num_processes)
     guard, progress = run.FiniteGuard(), run.Progress(accelerator, args, step, prefix="train/", on_bar=("loss",))
-    if step == 0:
-        show_validation()  # the base model, which no hint steers yet
+    if run.lacks_validation(accelerator, args, step, validation_steps):
+        show_validation()  # at step 0 the base model, which no hint steers yet
         progress.restart()
     batches = iter(loader)
     while step < args.max_train_steps:

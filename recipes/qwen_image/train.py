@@ -154,8 +154,8 @@ def main(args):
     stop = run.StopSignal(accelerator.num_processes)
     guard = run.FiniteGuard()
     progress = run.Progress(accelerator, args, step)
-    if step == 0:
-        validate()  # the base model, before any training
+    if run.lacks_validation(accelerator, args, step, args.validation_steps):
+        validate()  # at step 0 the base model, before any training
         progress.restart()
     batches = iter(loader)
     while step < args.max_train_steps:
