@@ -241,6 +241,16 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_the_run_goes_on(t
     assert "checkpoint-1 could not be deleted" in caplog.text and "Permission denied" in caplog.text
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_prune_never_takes_the_checkpoint_just_written_for_the_sake_of_a_damaged_later_one(tmp_path, limit):
+    save(tmp_path, 500)
+    (save(tmp_path, 1000) / "state.json").write_text("{}")
+    assert checkpoint.find(tmp_path, "latest").name == "checkpoint-500"
+    save(tmp_path, 600, limit=limit)
+    assert checkpoint.find(tmp_path, "latest").name == "checkpoint-600"
+    assert (tmp_path / "checkpoint-500").exists() == (limit == 2)
+
+
 def test_what_is_no_checkpoint_is_neither_listed_nor_pruned(tmp_path):
     for name in ("checkpoint-abc", "checkpoint-", "my-checkpoint-4", "checkpoint-5-best"):
         shutil.copytree(save(tmp_path / "source", 1), tmp_path / name)
