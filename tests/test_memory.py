@@ -505,7 +505,7 @@ def test_every_flag_that_takes_memory_reaches_the_planner(tiny_model, vgg_file, 
 
     def job(train_text_encoder=False, **flags):
         args = arguments(model=tiny_model)
-        vars(args).update(flags, shards=1)
+        vars(args).update(flags, shards=1, attention_backend="auto")
         placement.plan(args, torch.device("cpu"), torch.bfloat16, SIZES, ["p"], train_text_encoder)
         return jobs.pop()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -299,13 +300,22 @@ def spoil(tensors, how):
 
 @pytest.mark.parametrize("how, word", [("foreign", "does not belong"), ("NaN", "NaN"), ("partner", "partner"),
                                        ("shapes", "shapes"), ("alpha", "alpha twice")])
-def test_faulty_lora_files_end_in_one_line(call, tiny_lora, tmp_path, how, word):
+def test_faulty_lora_files_end_in_one_line_before_a_model_loads(call, tiny_lora, tmp_path, monkeypatch, how, word):
+    monkeypatch.setattr(flux, "encode_prompts", None)  # loading would be a TypeError
+    monkeypatch.setattr(flux, "load_models", None)
     file = lora.find_file(tiny_lora)
     with safe_open(file, "pt") as opened:
         save_file(spoil(load_file(file), how), tmp_path / "faulty.safetensors", metadata=opened.metadata())
     path = write(tmp_path / "a.png")
     refused(call("--lora", tmp_path / "faulty.safetensors", "--input", path), "faulty.safetensors", word)
     assert not (tmp_path / "out" / "a.png").exists()
+
+
+def test_damaged_settings_of_a_merged_model_are_named(call, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "merged")
+    (tmp_path / "merged" / session.SETTINGS_FILE).write_text("{")
+    path = write(tmp_path / "a.png")
+    refused(call("--input", path, model=str(tmp_path / "merged")), session.SETTINGS_FILE, "is not JSON")
 
 
 def test_lora_files_that_are_none_are_refused_before_a_model_loads(call, tmp_path, monkeypatch):

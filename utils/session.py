@@ -19,6 +19,7 @@ from utils import flux, lora, speed
 from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
 from utils.generate import generate
+from utils.lora_files import weightless_transformer
 from utils.parse import check_least, public_args, write_json
 from utils.restore import SETTINGS_FILE, STOCK_SETTINGS, choose_start_noise, fidelity_start_noise
 from utils.tiles import (
@@ -152,7 +153,10 @@ def choose_settings(args, defaults=STOCK_SETTINGS):
     stored = lora.read_settings(args.lora) if args.lora else None
     merged = Path(args.pretrained_model_name_or_path, SETTINGS_FILE)
     if not args.lora and merged.is_file():
-        stored = json.loads(merged.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(merged.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{merged} is not JSON ({error}); write the merged model again") from error
     if args.lora and stored is None:
         print(f"warning: {args.lora} holds no sampling settings; it is sampled as stock Kontext is", file=sys.stderr)
     settings = defaults | (stored or {})
@@ -221,6 +225,8 @@ def load_models(args, settings, device, dtype, prepare=None):
     speed.check_attention(args.attention_backend, device)
     where = flux.source(args)
     path = args.pretrained_model_name_or_path
+    if args.lora:
+        lora.check(args.lora, weightless_transformer(path, **where))  # before the text encoders are read
     with out_of_memory_explained(path):
         text = encode_text(args, settings, device, dtype, args.lora)
         pipe = flux.load_models(path, device, dtype, **where)
