@@ -16,6 +16,7 @@ import torch
 
 from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
+from my_dataset.degradations import OPTIONS as DEGRADATIONS
 from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
 from my_dataset.streaming import add_stream_args, check_shards
@@ -27,6 +28,10 @@ from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes,
 from utils.parse import make_parser, run_main
 from utils.restore import make_settings
 
+SAMPLE_OPTIONS = (  # what decides how a sample looks and what is learned of it
+    *sorted({flag.removeprefix("--") for flag, *_ in DEGRADATIONS.values()}), "degradation_preset", "degradation_types",
+    "degradation_probability", "degradation_order", "crop_zoom", "center_crop", "random_flip", "identity_probability",
+    "perceptual_loss", "perceptual_loss_weight", "perceptual_loss_target", "perceptual_max_sigma", "perceptual_crop")
 FLUX_LATENT_PX = 8  # side of a latent, for the memory prediction, before the VAE is there to ask
 
 
@@ -52,6 +57,8 @@ def parse_args(argv=None):
     args.base_model_id = flux.model_id(args.pretrained_model_name_or_path)
     run.check_training_args(args)
     fm.check_flow_args(args)
+    if args.num_inference_steps and fm.parse_start_noise(args.start_noise)[1] < 1:
+        fm.sampling_positions(args.num_inference_steps, fm.parse_train_sigmas(args.train_sigmas))
     lora.check_lora_args(args)
     check_perceptual_args(args)
     placement.check_placement_args(args)
@@ -125,9 +132,11 @@ def main(args):
     plan = placement.plan(args, device, dtype, [largest] * (1 + args.reference_tokens), prompts, decode_px=decode_px)
     images = dataset.images or str(dataset.stream)
     identity = run.identity(args, settings, images, accelerator.num_processes,
-                            more=("degradation_types", "degradation_preset"))
+                            more=SAMPLE_OPTIONS)
     identity["base_precision"] = plan.base_precision
-    lpips = validation.load_lpips(args.lpips_backbone)
+    lpips, perceptual = validation.load_lpips(args.lpips_backbone), None
+    if args.perceptual_loss:
+        perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights)
     step, state = run.resume(args, identity)
     if args.dry_run:
         return run.print_plan(accelerator, args, images, step, validation_steps, plan)
@@ -146,9 +155,7 @@ def main(args):
                                   args.use_dora, args.use_rslora, args.seed)
     tokens = args.max_sequence_length + (1 + args.reference_tokens) * flux.image_tokens(pipe.vae, dataset.buckets)
     placement.prepare(pipe.transformer, args, plan, tokens, device, dtype)
-    perceptual = None
-    if args.perceptual_loss:
-        perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights).to(device)
+    perceptual = perceptual and perceptual.to(device)
 
     models = {"transformer": pipe.transformer}
     optimizer = run.make_optimizer(lora_parameters, args, accelerator.num_processes)

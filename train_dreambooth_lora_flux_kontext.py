@@ -271,7 +271,7 @@ def main(args):
     stop = run.StopSignal(accelerator.num_processes)
     guard = run.FiniteGuard()
     progress = run.Progress(accelerator, args, step)
-    if run.lacks_validation(accelerator, args, step, validation_steps):
+    if run.lacks_validation(accelerator, args, step, validation_steps, not args.skip_final_inference):
         validate()  # at step 0 the base model, before any training
         progress.restart()
     batches = iter(loader)

@@ -366,6 +366,8 @@ REFUSED = {
     "--bridge_noise 0.1": "--bridge_noise",
     "--no-reference_tokens": "--no-reference_tokens",
     "--train_sigmas 0.5": "--train_sigmas",
+    "--train_sigmas 1,0.75,0.5,0.25 --start_noise 0.5 --num_inference_steps 3": "--num_inference_steps 3",
+    "--perceptual_loss lpips --perceptual_weights README.md": "README.md",
     "--mixed_precision fp16": "--mixed_precision",
     "--resolution 40": "--resolution",
     "--train_batch_size 7": "--train_batch_size 7",
@@ -437,10 +439,35 @@ def test_an_earlier_run_is_never_overwritten(train, tmp_path):
         train("--max_train_steps 2")
 
 
-def test_resuming_with_another_rank_or_batch_names_them(train, tmp_path):
-    train("--max_train_steps 2 --checkpointing_steps 2")
-    with pytest.raises(ValueError, match="rank .*train_batch_size"):
-        train("--max_train_steps 4 --rank 8 --train_batch_size 1 --resume_from_checkpoint latest")
+@pytest.mark.parametrize("flags", [
+    "--rank 8", "--train_batch_size 1", "--noise_level 0.5", "--adam_beta1 0.5", "--adam_epsilon 1e-6", "--random_flip",
+    "--crop_zoom 1-2", "--perceptual_loss gradient", "--degradation_order shuffled"])
+def test_resuming_with_another_option_that_matters_names_it(train, flags):
+    shared = "--degradation_types noise,downsample --max_train_steps 2 --checkpointing_steps 2"
+    train(shared)
+    with pytest.raises(ValueError, match=rf"it differs in {flags.split()[0][2:]} \(was"):
+        train(shared, flags, "--resume_from_checkpoint latest")
+
+
+def test_a_new_run_keeps_no_numbers_of_one_that_was_killed_before_its_first_checkpoint(train, photos, tmp_path):
+    flags = (f"--heldout_root {photos / 'heldout'} --num_validation_images 1 --num_inference_steps 1 "
+             "--max_train_steps 1 --checkpointing_steps 0 --degradation_types noise")
+    train(flags, "--noise_level 0.02")
+    (tmp_path / "out" / lora.LORA_FILE).unlink()  # as if it had been killed
+    train(flags, "--noise_level 0.5")
+    rows = [(row["step"], row[key]) for row in metrics(tmp_path / "out") if (key := "validation/psnr_input") in row]
+    assert [step for step, _ in rows] == [0, 1] and rows[0][1] == rows[1][1]
+
+
+def test_the_last_validation_of_a_run_that_was_stopped_in_its_last_step_comes_with_the_resume(train, photos, tmp_path,
+                                                                                              sigterm_in_step):
+    flags = (f"--heldout_root {photos / 'heldout'} --num_validation_images 1 --num_inference_steps 1 "
+             "--max_train_steps 1 --validation_steps 5")
+    undo = sigterm_in_step(script, 1)
+    assert train(flags) == 128 + signal.SIGTERM
+    undo()
+    train(flags, "--resume_from_checkpoint latest")
+    assert (tmp_path / "out" / "validation" / "step-000001.png").is_file()
 
 
 def test_items_draw_their_own_noise_whatever_the_batch_around_them(tiny_model, photos, tmp_path):

@@ -243,13 +243,14 @@ def plan_steps(args, items, num_processes):
     return args.validation_steps or args.validation_epochs * steps_per_epoch
 
 
-def lacks_validation(accelerator, args, step, validation_steps):
-    """True, on all processes or none, where a validation belongs before step + 1 and its picture is not there: before
-    training, and where a run was stopped between a checkpoint and its validation."""
+def lacks_validation(accelerator, args, step, validation_steps, has_final=True):
+    """True, on all processes or none, before training, and where a run was stopped between a checkpoint and its
+    validation, whose picture is not there. has_final: whether the last step has one."""
     from accelerate.utils import broadcast_object_list
 
     picture = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    is_lacking = [step % validation_steps == 0 and not picture.exists()]
+    is_due = has_final if step == args.max_train_steps else step % validation_steps == 0
+    is_lacking = [step == 0 or (is_due and not picture.exists())]
     return broadcast_object_list(is_lacking)[0]  # the main process alone may see the folder
 
 
@@ -282,8 +283,9 @@ def start_run(accelerator, args, step, project):
         return
     write_json(Path(args.output_dir) / "args.json", public_args(args))
     log_file = Path(args.output_dir) / "metrics.jsonl"
-    if log_file.exists():
-        log_file.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(log_file) if row["step"] <= step))
+    if log_file.exists():  # at step 0 of a run that was killed before its first checkpoint, none of whose rows stay
+        rows = [row for row in read_metrics(log_file) if 0 < step >= row["step"]]
+        log_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_args(args).items()}
     accelerator.init_trackers(project, config=config)
 
@@ -364,8 +366,8 @@ def identity(args, settings, items, num_processes, more=()):
     """What a resumed run must have in common with the one it resumes, or its data, its optimizer state or the settings
     stored in the LoRA file would not fit. more: names of options that only this script has."""
     names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
-             "learning_rate", "adam_weight_decay", "lr_scheduler", "seed", "train_batch_size",
-             "gradient_accumulation_steps", "weighting_scheme", "aspect_ratio_buckets", *more]
+             "learning_rate", "adam_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler", "seed",
+             "train_batch_size", "gradient_accumulation_steps", "weighting_scheme", "aspect_ratio_buckets", *more]
     return settings | {name: getattr(args, name) for name in names} | {
         "images": items, "processes": num_processes, "state_format": 2}  # 2: as collect_state nests it
 

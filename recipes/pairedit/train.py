@@ -125,6 +125,7 @@ def main(args):
             accelerator.print(f"{task.file(args, args.train_iteration)} is there already")
             continue
         identity = settings | {"images": fingerprint(task.images), "processes": accelerator.num_processes,
+                               "adam_epsilon": args.adam_epsilon,
                                "base_precision": plan.base_precision, "use_8bit_adam": args.use_8bit_adam}
         adapters.reset(pipe.transformer, names, args.train_method,
                        [item_seed(args.seed, task.version, i, IDENTITY_STREAM) for i in range(len(names))])
