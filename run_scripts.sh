@@ -73,7 +73,8 @@ else
   damage=(--degradation_types "downsample,blur,noise" --lr_scale 2 --blur_radius 1.0 --noise_level 0.098)
   scoring=(--max_images 20 --token_shifts 2)
 fi
-[[ " $* " == *" --degradation_preset"* ]] || training+=("${damage[@]}") # a preset brings its own
+[[ " $* " == *" --degradation_preset"* || " $* " == *" --lr_root"* ]] || # a preset brings its own, pairs need none
+  training+=("${damage[@]}")
 [[ -z "${HELDOUT_ROOT:-}" ]] || training+=(--heldout_root "$HELDOUT_ROOT")
 
 "${LAUNCH[@]}" "$ROOT/train_deg_lora_flux_kontext.py" --pretrained_model_name_or_path "$MODEL_NAME" \

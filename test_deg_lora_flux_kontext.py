@@ -29,7 +29,7 @@ from my_dataset.outputs import check_ours, is_done, plan_outputs, sidecar_path
 from my_dataset.scored_pairs import denoise_bilateral, denoise_nlm, load_pairs
 from utils import metrics
 from utils.checkpoint import sha256
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.quantise import quantise_blocks
 from utils.report import item_name, picture, section, write_report
@@ -302,7 +302,7 @@ def score_images(args, settings, steps, start_noise, device, dtype, processes):
 def main(args):
     device, dtype = choose_device(args)
     settings, steps, start_noise = resolve_settings(args)
-    writable_folder(args.output, "--output")
+    check_report(writable_folder(args.output, "--output"))
     processes = start_processes(device)
     run = restore_files if args.input else score_images
     code = run(args, settings, steps, start_noise, device, dtype, processes)

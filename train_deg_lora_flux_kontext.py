@@ -16,8 +16,7 @@ import torch
 
 from my_dataset.dataset_deg_bucket import make_loader
 from my_dataset.dataset_deg_paired import add_data_args, collate_fn, dataset_from_args
-from my_dataset.degradations import OPTIONS as DEGRADATIONS
-from my_dataset.degradations import add_degradation_args, degrader_from_args, parse_range
+from my_dataset.degradations import DEFAULTS, add_degradation_args, degrader_from_args, parse_range
 from my_dataset.heldout import heldout_from_args, load_validation_images
 from my_dataset.streaming import add_stream_args, check_shards
 from utils import flow_matching as fm
@@ -29,9 +28,9 @@ from utils.parse import make_parser, run_main
 from utils.restore import make_settings
 
 SAMPLE_OPTIONS = (  # what decides how a sample looks and what is learned of it
-    *sorted({flag.removeprefix("--") for flag, *_ in DEGRADATIONS.values()}), "degradation_preset", "degradation_types",
-    "degradation_probability", "degradation_order", "crop_zoom", "center_crop", "random_flip", "identity_probability",
-    "perceptual_loss", "perceptual_loss_weight", "perceptual_loss_target", "perceptual_max_sigma", "perceptual_crop")
+    *sorted(flag.removeprefix("--") for flag in DEFAULTS), "crop_zoom", "center_crop", "random_flip",
+    "identity_probability", "perceptual_loss", "perceptual_loss_weight", "perceptual_loss_target",
+    "perceptual_max_sigma", "perceptual_crop")
 FLUX_LATENT_PX = 8  # side of a latent, for the memory prediction, before the VAE is there to ask
 
 
@@ -230,7 +229,8 @@ def main(args):
     progress.bar.close()
 
     if accelerator.is_main_process:
-        results = {"LoRA": write_lora(args.output_dir), "model card": write_model_card(args, settings, images)}
+        results = {"LoRA": write_lora(args.output_dir),
+                   "model card": write_model_card(args, settings, images, dataset.is_paired)}
         command = restore_command(args.pretrained_model_name_or_path, args.output_dir)
         run.print_summary(args, results, run.lora_uses(args, settings, command))
         if args.push_to_hub:

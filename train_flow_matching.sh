@@ -16,7 +16,7 @@ usage="MODEL_NAME=/path/to/FLUX.1-Kontext-dev HR_ROOT=photos bash $0"
 [[ -n "${MODEL_NAME:-}" ]] || die "MODEL_NAME is not set; name the model's folder: $usage"
 [[ -d "${HR_ROOT:-}" ]] || die "HR_ROOT=${HR_ROOT:-}: no such folder; name your folder of clean photographs: $usage"
 options=(--hr_root "$HR_ROOT")
-[[ " $* " == *" --degradation_preset"* ]] || # a preset brings its own
+[[ " $* " == *" --degradation_preset"* || " $* " == *" --lr_root"* ]] || # a preset brings its own, pairs need none
   options+=(--degradation_types downsample,noise,blur,jpeg --noise_level 0.02 --blur_radius 1.5 --jpeg_quality 85)
 [[ -z "${HELDOUT_ROOT:-}" ]] || options+=(--heldout_root "$HELDOUT_ROOT")
 [[ "${PERCEPTUAL:=vgg}" == none ]] || options+=(--perceptual_loss "$PERCEPTUAL")

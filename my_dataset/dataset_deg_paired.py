@@ -3,6 +3,7 @@
 A sample is a function of (seed, epoch, index) alone, so that the number of workers and processes, and the moment of a
 resume, change no sample."""
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from my_dataset.degradations import parse_probability, parse_range
+from my_dataset.degradations import check_not_degraded, parse_probability, parse_range
 from my_dataset.images import MAX_PIXELS, MIN_SIDE_PX, UnreadableImage, image_size, list_images, load_rgb
 
 KERNELS = {
@@ -59,6 +60,9 @@ class HubImage(NamedTuple):
     table: object
     row: int
 
+    def __str__(self):
+        return f"row {self.row} of the dataset"
+
     def read(self, name):
         return cell_content(next(iter(self.table[self.row].values())), name)
 
@@ -78,6 +82,9 @@ class TarMember(NamedTuple):
     tar: Path
     offset: int
     size: int
+
+    def __str__(self):
+        return f"the file at byte {self.offset} of {self.tar}"
 
     @contextlib.contextmanager
     def open(self, name):
@@ -222,6 +229,16 @@ def image_cells(table, name, flag, column):
     return [HubImage(images, row) for row in range(len(table))]
 
 
+def caption_cells(table, name, column):
+    """The texts of a column, one a row, None for what is empty and without a column. ValueError for another kind of
+    column."""
+    if column is None:
+        return [None] * len(table)
+    if getattr(table.features[column], "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"--caption_column {column}: not a column of text in {name}")
+    return [text or None for text in table[column]]
+
+
 def hub_records(name, config_name=None, image_column=None, cond_image_column=None, caption_column=None,
                 cache_dir=None):
     """Records of the training split of a local imagefolder or, where no such folder exists, a Hugging Face dataset.
@@ -229,13 +246,12 @@ def hub_records(name, config_name=None, image_column=None, cond_image_column=Non
     table = load_table(name, config_name, cache_dir)
     image_column = find_column(table, name, "--image_column", image_column, ("clean", "image"), is_needed=True)
     cond_image_column = find_column(table, name, "--cond_image_column", cond_image_column, ("degraded",))
-    caption_column = find_column(table, name, "--caption_column", caption_column, ("prompt",))
+    prompts = caption_cells(table, name, find_column(table, name, "--caption_column", caption_column, ("prompt",)))
     targets = image_cells(table, name, "--image_column", image_column)
     controls = [None] * len(table)
     if cond_image_column:
         controls = image_cells(table, name, "--cond_image_column", cond_image_column)
-    prompts = table[caption_column] if caption_column else [None] * len(table)
-    return [Record(f"{name}[{row}]", target, control, prompt or None)
+    return [Record(f"{name}[{row}]", target, control, prompt)
             for row, (target, control, prompt) in enumerate(zip(targets, controls, prompts, strict=True))]
 
 
@@ -246,6 +262,16 @@ def read(source, max_pixels, name, reader):
         with source.open(name) as file:
             return reader(file, max_pixels, name)
     return reader(source if isinstance(source, bytes) else source.read(name), max_pixels, name)
+
+
+def target_size(record, max_pixels):
+    """(height, width) of a Record's target by its header; UnreadableImage for what training leaves out for it."""
+    if record.fault:
+        raise UnreadableImage(record.name, record.fault)
+    height, width = read(record.target, max_pixels, record.name, image_size)
+    if min(height, width) < MIN_SIDE_PX:
+        raise UnreadableImage(record.name, f"{width}x{height} px is smaller than {MIN_SIDE_PX} px")
+    return height, width
 
 
 def check_headers(records, check):
@@ -352,11 +378,7 @@ class DegDataset(Dataset):
         self.bucket_of = [0] * len(self.records)
 
     def _check_header(self, record):
-        if record.fault:
-            raise UnreadableImage(record.name, record.fault)
-        height, width = read(record.target, self.max_pixels, record.name, image_size)
-        if min(height, width) < MIN_SIDE_PX:
-            raise UnreadableImage(record.name, f"{width}x{height} px is smaller than {MIN_SIDE_PX} px")
+        height, width = target_size(record, self.max_pixels)
         if record.control is not None:
             control_size = read(record.control, self.max_pixels, record.name, image_size)
             if not enlargement(control_size, (height, width)):
@@ -435,24 +457,34 @@ def use_one_thread(worker_id):
     cv2.setNumThreads(0)  # 0 computes in the caller; 1 would first join the trainer's pool, which no fork takes along
 
 
-def _hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, hashlib.blake2b).digest()
+def _file_size(source):
+    """Bytes of the file of an image, a Record's or Example's."""
+    if isinstance(source, TarMember):
+        return source.size
+    source = source.read(source) if isinstance(source, HubImage) else source
+    return len(source) if isinstance(source, bytes) else os.path.getsize(source)
 
 
-def check_no_overlap(train_paths, heldout_paths):
-    """ValueError naming the first held-out file whose content is also a training file's."""
-    by_size = {}
-    for path in train_paths:
-        by_size.setdefault(os.path.getsize(path), []).append(path)
-    hashes = {}
-    for heldout in heldout_paths:
-        for train in by_size.get(os.path.getsize(heldout), ()):
-            for path in (train, heldout):
-                if path not in hashes:
-                    hashes[path] = _hash_file(path)
-            if hashes[train] == hashes[heldout]:
-                raise ValueError(f"{heldout} (held out) is the same file as {train} (training); remove one of them")
+def _digest(source):
+    def digest(file, *_):
+        if isinstance(file, bytes):
+            return hashlib.blake2b(file).digest()
+        with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
+            return hashlib.file_digest(stream, hashlib.blake2b).digest()
+
+    return read(source, None, source, digest)
+
+
+def check_no_overlap(training, heldout):
+    """ValueError naming the first held-out image whose file is, byte for byte, also a training image's. Both are lists
+    of what a Record has for an image; only files of one size are read in full, but of a table every cell."""
+    by_size, digest = {}, functools.cache(_digest)
+    for source in training:
+        by_size.setdefault(_file_size(source), []).append(source)
+    for source in heldout:
+        for other in by_size.get(_file_size(source), ()):
+            if digest(source) == digest(other):
+                raise ValueError(f"{source} (held out) is the same file as {other} (training); remove one of them")
 
 
 def add_data_args(parser):
@@ -476,8 +508,8 @@ def add_data_args(parser):
         help="crop to the nearest of --aspect_ratio_buckets instead of a square")
     add("--aspect_ratio_buckets", help='"h:w,h:w" or "h,w;h,w"; implies --use_bucket_sampler (default: the 17 sizes of '
                                        "FLUX.1 Kontext)")
-    add("--identity_probability", help="share of the samples left undamaged, so that training also shows what needs no "
-        "restoring; 0.05 with --degradation_preset, else 0; validation and scoring have none")
+    add("--identity_probability", help="share of the samples left undamaged, stored pairs too, so that training also "
+        "shows what needs no restoring; 0.05 with --degradation_preset, else 0; validation and scoring have none")
     add("--upscale_kernel", choices=sorted(KERNELS), default="bicubic",
         help="kernel that enlarges stored degraded images to the size of the clean ones")
     add("--allow_missing", action="store_true", help="skip stored images without partner instead of stopping")
@@ -487,7 +519,8 @@ def add_data_args(parser):
 
 def dataset_from_args(args, degrade, prompt="", seed=0):
     """The DegDataset or DegBucketDataset that the options of `add_data_args` ask for, and --streaming, if there is one.
-    degrade: as for DegDataset, or None. ValueError or FileNotFoundError naming the flag that is wrong."""
+    degrade: as for DegDataset, or None. ValueError or FileNotFoundError naming the flag that is wrong, one of
+    `add_degradation_args` beside stored pairs among them."""
     from my_dataset.dataset_deg_bucket import KONTEXT_BUCKETS, DegBucketDataset, parse_buckets_string
     from my_dataset.streaming import stream_from_args
     from my_dataset.tar_shards import is_tar_folder, tar_records
@@ -519,6 +552,8 @@ def dataset_from_args(args, degrade, prompt="", seed=0):
     else:
         records = hub_records(args.dataset_name, args.dataset_config_name, *columns,
                               cache_dir=getattr(args, "cache_dir", None))  # an option of flux.py
+    if any(record.control is not None for record in records):
+        check_not_degraded(args)
     common = {
         "prompt": prompt,
         "crop": "center" if args.center_crop else "random",

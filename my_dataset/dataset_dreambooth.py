@@ -22,6 +22,7 @@ from my_dataset.dataset_deg_paired import (
     GEOMETRY_STREAM,
     HubImage,
     by_stem,
+    caption_cells,
     check_headers,
     check_no_overlap,
     cover_crop,
@@ -93,14 +94,12 @@ def table_examples(name, config_name=None, image_column=None, reference_columns=
     CAPTION_COLUMNS counts where it exists. ValueError naming the option whose column is not there."""
     table = load_table(name, config_name, cache_dir)
     image_column = find_column(table, name, "--image_column", image_column, ("image",), is_needed=True)
-    caption_column = find_column(table, name, "--caption_column", caption_column, CAPTION_COLUMNS)
-    if caption_column and getattr(table.features[caption_column], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"--caption_column {caption_column}: not a column of text in {name}")
+    prompts = caption_cells(table, name,
+                            find_column(table, name, "--caption_column", caption_column, CAPTION_COLUMNS))
     targets = image_cells(table, name, "--image_column", image_column)
     columns = [image_cells(table, name, "--cond_image_column",
                            find_column(table, name, "--cond_image_column", column)) for column in reference_columns]
-    prompts = table[caption_column] if caption_column else [None] * len(table)
-    return [Example(f"{name}[{row}]", target, tuple(cells[row] for cells in columns), prompts[row] or None)
+    return [Example(f"{name}[{row}]", target, tuple(cells[row] for cells in columns), prompts[row])
             for row, target in enumerate(targets)]
 
 
@@ -330,11 +329,11 @@ def heldout_from_args(args, training):
     if not count or {len(example.references) for example in examples} != {count}:
         raise ValueError(f"--heldout_cond_data_dir: training has {count} references an image, so the held-out images "
                          "need as many (they are scored in edit training alone)")
-    check_no_overlap(*([source for example in some for source in example.references if isinstance(source, Path)]
-                       for some in (training.examples, examples)))
     dataset = DreamBoothDataset(examples, training.buckets, args.instance_prompt, "center",
                                 seed=heldout_seed(args.seed), reference_px=args.cond_resolution,
                                 max_pixels=args.max_pixels)
+    check_no_overlap(*([source for example in some.examples for source in example.references]
+                       for some in (training, dataset)))
     return [dataset[i] for i in range(min(args.num_validation_images, len(dataset)))]
 
 

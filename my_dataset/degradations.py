@@ -659,6 +659,10 @@ OPTIONS = {
     "codecs": ("--jpeg_codec", "jpeg", partial(parse_words, allowed=CODECS), ("jpeg",)),
     "damage_strength": ("--damage_strength", "1", partial(parse_range, minimum=0, maximum=3), DAMAGE_TYPES),
 }  # fmt: skip
+# {option of add_degradation_args: what holds without it and without a preset}
+DEFAULTS = {flag: default for flag, default, *_ in OPTIONS.values()} | {
+    "--degradation_preset": None, "--degradation_types": "downsample", "--degradation_probability": "1",
+    "--degradation_order": "fixed"}  # fmt: skip
 FIXED_SETTINGS = {"resize_scale": (0.15, 1.5), "resize_chances": (0.2, 0.7, 0.1)}
 
 
@@ -736,17 +740,16 @@ def add_degradation_args(parser: ArgumentParser) -> None:
     """Add the "degradation" group. A strength is a value or a range "lo-hi" drawn from uniformly for each sample."""
     group = parser.add_argument_group("degradation")
 
-    def add(flag, text, default=None):
-        default = default or next(default for name, default, *_ in OPTIONS.values() if name == flag)
-        group.add_argument(flag, help=f"{text}; {default} where no preset says otherwise")
+    def add(flag, text):
+        group.add_argument(flag, help=f"{text}; {DEFAULTS[flag]} where no preset says otherwise")
 
     group.add_argument("--degradation_preset", help=f"a chain that is made up already: {', '.join(PRESETS)}")
-    add("--degradation_types", f"comma list of {', '.join(TYPES)}", "downsample")
+    add("--degradation_types", f"comma list of {', '.join(TYPES)}")
     add("--lr_scale", "downsampling factor, 1 to 64; value or lo-hi")
     add("--noise_level", "sigma on [0, 1] (poisson: at white); value or lo-hi")
     add("--blur_radius", "Gaussian sigma or disc radius in pixels; value or lo-hi")
     add("--jpeg_quality", "1 to 100; value or lo-hi")
-    add("--degradation_probability", '"0.8" or by type "noise:0.8,jpeg:0.5"', "1")
+    add("--degradation_probability", '"0.8" or by type "noise:0.8,jpeg:0.5"')
     group.add_argument("--degradation_order", default="fixed", help="fixed (as the types are listed) or shuffled")
     add("--downsample_kernel", f"comma list of {', '.join(DOWN_KERNELS)}")
     add("--upsample_kernel", f"comma list of {', '.join(UP_KERNELS)}")
@@ -761,9 +764,7 @@ def degrader_from_args(args: Namespace) -> Callable[[np.ndarray, np.random.Gener
     """`make_degrader` with the options of `add_degradation_args`. Without a preset those that were left out are set to
     their defaults in `args`, so that what is written about the run names them."""
     if args.degradation_preset is None:
-        defaults = {flag: default for flag, default, *_ in OPTIONS.values()}
-        defaults |= {"--degradation_types": "downsample", "--degradation_probability": "1"}
-        for flag, default in defaults.items():
+        for flag, default in DEFAULTS.items():
             if getattr(args, flag[2:]) is None:
                 setattr(args, flag[2:], default)
     return make_degrader(
@@ -783,3 +784,13 @@ def degrader_from_args(args: Namespace) -> Callable[[np.ndarray, np.random.Gener
         damage_strength=args.damage_strength,
         preset=args.degradation_preset,
     )
+
+
+def check_not_degraded(args: Namespace) -> None:
+    """ValueError for an option of `add_degradation_args` that is not at its default, where it would be read by nothing:
+    the images are stored pairs."""
+    for flag, default in DEFAULTS.items():
+        value = getattr(args, flag[2:], None)  # a caller may do without these options
+        if value not in (None, default):
+            raise ValueError(f"{flag} {value}: stored pairs (--lr_root, or a column of degraded images) are not "
+                             "degraded again; leave it out")

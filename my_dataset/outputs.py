@@ -1,5 +1,5 @@
-"""Where restored images are written, and whether that was done before. Each has a sidecar, a JSON file beside it that
-says what it was made from and how."""
+"""Where images are written, and whether that was done before. A restored one has a sidecar, a JSON file beside it that
+says what it was made from and how; other folders have one record of what their files were made from."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from my_dataset.images import list_images, load_rgb
 
+RECORD = "outputs.json"
 KEPT_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # ext "auto"; others become .png
 
 
@@ -57,6 +58,37 @@ def check_ours(plan):
         if output.exists() and not sidecar_path(output).exists():
             raise ValueError(f"{output} would be written over, and was not made here: there is no "
                              f"{sidecar_path(output).name} beside it; name another --output, or move it away")
+
+
+def _read_record(file):
+    if not file.exists():
+        return {}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        known = None
+    if not (isinstance(known, dict) and all(isinstance(source, str) for source in known.values())):
+        raise ValueError(f"{file} would be written over, and was not made here; name another folder, or move it away")
+    return known
+
+
+def claim(plans):
+    """{record file: {output's name: its input}} of `plans`, {folder: {output: input}}, and of earlier runs: to be
+    written before the first output, so that a run that was stopped may be repeated.
+
+    ValueError where an output is there already and the folder's record does not have it from that very input."""
+    records = {}
+    for folder, inputs in plans.items():
+        file = Path(folder, RECORD)
+        records[file] = known = _read_record(file)
+        for output, source in inputs.items():
+            name, source = output.relative_to(folder).as_posix(), str(source.resolve())
+            if output.exists() and known.get(name) != source:
+                made = f"made from {known[name]}" if name in known else "not made here"
+                raise ValueError(f"{output} would be written over, and was {made}; name another folder, or move it "
+                                 "away")
+            known[name] = source
+    return records
 
 
 def is_done(output, sidecar):

@@ -94,4 +94,6 @@ def tar_records(folder, image_column=None, cond_image_column=None, caption_colum
     samples = [sample for index in shards.values() for sample in index.values()]
     table, *images = find_columns(samples, folder, image_column, cond_image_column)
     caption_column = find_column(table, folder, "--caption_column", caption_column, ("prompt",))
+    if any(isinstance(sample.get(caption_column), TarMember) for sample in samples):
+        raise ValueError(f"--caption_column {caption_column}: not a column of text in {folder}; store texts as .txt")
     return [record for path, index in shards.items() for record in shard_records(path, index, *images, caption_column)]

@@ -12,7 +12,7 @@ from my_dataset.dataset_deg_paired import to_tensor
 from my_dataset.images import MAX_PIXELS, load_image, save_image
 from my_dataset.outputs import check_ours, plan_outputs, sidecar_path
 from utils.checkpoint import sha256
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
 from utils.restore import STOCK_SETTINGS
 from utils.session import (
@@ -52,7 +52,7 @@ def main(args):
     settings, steps, start_noise = resolve_settings(args, ENHANCE)
     plan = plan_outputs(args.input, args.output)
     check_ours(plan)
-    writable_folder(args.output, "--output")
+    check_report(writable_folder(args.output, "--output"))
 
     pipe, text = load_models(args, settings, device, dtype)
     tiling, run = choose_tiling(args, settings, pipe.vae), describe_run(args, settings, steps, start_noise, dtype)

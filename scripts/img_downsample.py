@@ -5,7 +5,10 @@
 
 The second makes pairs for training's --lr_root lr --hr_root hr. Written as PNG, so that only the options degrade them,
 with ICC profile, EXIF and alpha channel; --input's folders are mirrored. What was drawn for each file goes to
-downsample.json; it depends on --seed and the file's place among the sorted files alone."""
+downsample.json; it depends on --seed and the file's place among the sorted files alone. A folder takes the images of
+one --input: what it holds of that already, by its outputs.json, is written anew, and nothing else is written over."""
+
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,8 +17,8 @@ from tqdm import tqdm
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, KERNELS, item_rng
 from my_dataset.degradations import make_degrader
 from my_dataset.images import MAX_PIXELS, load_image, save_image
-from my_dataset.outputs import plan_outputs
-from utils.failures import report_failures
+from my_dataset.outputs import claim, plan_outputs
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 
 
@@ -65,6 +68,13 @@ def main(args):
     jobs = plan(args)
     for flag in ("output", "save_clean") if args.save_clean else ("output",):
         writable_folder(getattr(args, flag), f"--{flag}")
+    check_report(args.output)
+    report = Path(args.output, "downsample.json")
+    claims = {args.output: {report: Path(args.input)} | {output: path for path, output, _ in jobs}}
+    if args.save_clean:
+        claims[args.save_clean] = {output: path for path, _, output in jobs}
+    for file, record in claim(claims).items():
+        write_json(file, record)
 
     drawn, failures, uneven = {}, [], 0
     for index, (path, output, clean_output) in enumerate(tqdm(jobs, unit="image", disable=None)):
@@ -89,7 +99,7 @@ def main(args):
             drawn[str(output.relative_to(args.output))] = {"input": path.name, "degradation": params}
         except (ValueError, OSError) as error:
             failures.append((path, error))
-    write_json(f"{args.output}/downsample.json", {"images": drawn, "arguments": public_args(args)})
+    write_json(report, {"images": drawn, "arguments": public_args(args)})
     note = f"; {uneven} do not divide by {args.factor}: pairs need --crop_to_multiple" if uneven else ""
     print(f"{len(drawn)} written, {len(failures)} failed: {args.output}{note}")
     return report_failures(failures, args.output)

@@ -5,13 +5,12 @@
 The first panel has the losses, the next two what validation measured: PSNR, and what lies about 0 to 1; then come the
 seconds of a step, and those of them spent waiting for data. A number that was not finite is a gap."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.parse import check_least, make_parser, run_main
+from utils.parse import check_least, make_parser, read_metrics, run_main
 
 PANELS = ("training", "validation, dB", "validation", "seconds", "memory, GiB")
 BY_DEFAULT = ("loss/", "train/", "validation/", "seconds_per_step", "data_seconds_per_step")
@@ -34,18 +33,17 @@ def parse_args(argv=None):
 
 
 def read_run(path):
-    """{key: (steps, values)} of a run, float arrays; values that were not finite are NaN. ValueError naming file and
-    line of what is no report."""
+    """{key: (steps, values)} of a run, float arrays; values that were not finite are NaN. ValueError naming a file that
+    holds no reports; a last line that a kill has cut is left out."""
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"--runs {path}: no such file; name the --output_dir of a training")
     curves = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no report of a training ({error!r})") from error
+    try:
+        rows = [(row.pop("step"), row) for row in read_metrics(path)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: no reports of a training ({error!r})") from error
+    for step, row in rows:
         for key, value in row.items():
             points = curves.setdefault(key, ([], []))
             points[0].append(step)

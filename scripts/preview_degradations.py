@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, cover_crop, item_rng
+from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, Record, cover_crop, folder_records, item_rng, target_size
 from my_dataset.degradations import PRESETS, Params, add_degradation_args, degrader_from_args
-from my_dataset.images import UnreadableImage, list_images, load_rgb
+from my_dataset.images import MAX_PIXELS, UnreadableImage, load_rgb
 from utils.parse import check_least, make_parser, run_main, write_json
 
 MARGIN_PX = 8
@@ -88,21 +88,24 @@ def parse_args(argv: list[str] | None = None):
 
 
 def load_images(args) -> list[tuple[int, str, np.ndarray]]:
-    """(index in the order of training, name, (size, size, 3) uint8) of the first --num_images that can be read."""
+    """(index in training, name, (size, size, 3) uint8) of the first --num_images that can be read. What training leaves
+    out by its header has no index."""
     if args.images:
-        paths = list_images(args.images)
+        records = folder_records(args.images)
     else:
-        paths = [Path(str(resources.files("skimage.data") / name)) for name in PACKAGE_PHOTOGRAPHS]
-    images = []
-    for index, path in enumerate(paths):
+        records = [Record(name, Path(str(resources.files("skimage.data") / name))) for name in PACKAGE_PHOTOGRAPHS]
+    images, index = [], -1
+    for record in records:
         if len(images) == args.num_images:
             break
         try:
-            clean = cover_crop(load_rgb(path), (args.resolution, args.resolution), (0.5, 0.5))
+            target_size(record, MAX_PIXELS)
+            index += 1
+            clean = cover_crop(load_rgb(record.target), (args.resolution, args.resolution), (0.5, 0.5))
         except UnreadableImage as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        images.append((index, str(path) if args.images else path.name, clean))
+        images.append((index, record.name, clean))
     if not images:
         raise ValueError(f"--images {args.images}: none of its images can be read")
     return images

@@ -5,8 +5,10 @@
 
 Written for each photograph: NAME_original.png, NAME_degraded.png and NAME_restored.png, all of one size; and for all of
 them grid.png with PSNR, and results.json with PSNR, the drawn degradations and all settings. What is larger than the
-model's training size is restored in tiles. test_deg_lora_flux_kontext.py --clean measures more, on the same damage."""
+model's training size is restored in tiles. What a run for the same --input wrote there, by its outputs.json, is written
+over, and nothing else is. test_deg_lora_flux_kontext.py --clean measures more, on the same damage."""
 
+from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
@@ -14,10 +16,10 @@ from tqdm import tqdm
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, heldout_seed, item_rng, item_seed, to_tensor
 from my_dataset.degradations import add_degradation_args, degrader_from_args
 from my_dataset.images import MAX_PIXELS, load_image, save_image
-from my_dataset.outputs import plan_outputs
+from my_dataset.outputs import claim, plan_outputs
 from my_dataset.scored_pairs import crop_boxes
 from utils import metrics
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.score import caption
 from utils.session import (
@@ -57,7 +59,13 @@ def main(args):
     degrade = degrader_from_args(args)
     settings, steps, start_noise = resolve_settings(args)
     outputs = [plan_outputs(args.input, args.output, f"_{kind}", "png") for kind in KINDS]
-    writable_folder(args.output, "--output")
+    folder = writable_folder(args.output, "--output")
+    grid, report = folder / "grid.png", folder / "results.json"
+    inputs = {grid: Path(args.input), report: Path(args.input)}
+    inputs |= {path: source for planned in outputs for source, _, path in planned}
+    check_report(folder)
+    for file, record in claim({folder: inputs}).items():
+        write_json(file, record)
 
     pipe, text = load_models(args, settings, device, dtype)
     tiling = choose_tiling(args, settings, pipe.vae)
@@ -90,8 +98,8 @@ def main(args):
     if not results:
         raise ValueError(f"--input {args.input}: not one image could be restored, see failures.json in {args.output}")
     if rows:
-        image_grid(rows, KINDS, captions).save(f"{args.output}/grid.png")
-    write_json(f"{args.output}/results.json", {
+        image_grid(rows, KINDS, captions).save(grid)
+    write_json(report, {
         "images": results, "run": describe_run(args, settings, steps, start_noise, dtype),
         "arguments": public_args(args)})
     before, after = (fmean(result[f"psnr_{kind}"] for result in results) for kind in KINDS[1:])

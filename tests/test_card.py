@@ -29,14 +29,13 @@ def run(tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Image.new("RGB", (8, 8)).save(folder / "validation" / "step-000010.png")
     return SimpleNamespace(
-        lr_root=None,
         output_dir=str(folder), base_model_id="black-forest-labs/FLUX.1-Kontext-dev", max_train_steps=10, seed=3,
         degradation_types="downsample,noise", degradation_preset=None, instance_prompt="Restore | this: photograph",
         hub_model_id=None, hub_token="hf_secret")
 
 
 def test_the_card_has_numbers_picture_licence_and_the_command(run):
-    card.write_model_card(run, SETTINGS, images=77)
+    card.write_model_card(run, SETTINGS, 77, False)
     loaded = ModelCard.load(f"{run.output_dir}/README.md")
     assert "77 images for 10 steps, seed 3" in loaded.text and "downsample,noise" in loaded.text
     assert "| step | psnr | ssim | psnr_input | lpips |" in loaded.text
@@ -52,12 +51,19 @@ def test_the_card_has_numbers_picture_licence_and_the_command(run):
 
 def test_the_card_names_a_preset_in_place_of_types(run):
     run.degradation_types, run.degradation_preset = None, "old_photo"
-    card.write_model_card(run, SETTINGS, images=77)
+    card.write_model_card(run, SETTINGS, 77, False)
     assert "degradations `old_photo`" in ModelCard.load(f"{run.output_dir}/README.md").text
 
 
+def test_the_card_says_whether_the_damage_was_made_or_stored(run):
+    for is_paired, words in ((False, "`downsample,noise` made on the fly."), (True, "on stored pairs.")):
+        card.write_model_card(run, SETTINGS, 77, is_paired)
+        assert f"seed 3, {'with degradations ' * (not is_paired)}{words}\n" in ModelCard.load(
+            f"{run.output_dir}/README.md").text
+
+
 def test_the_cards_header_is_valid_and_complete(run):
-    card.write_model_card(run, SETTINGS, images=77)
+    card.write_model_card(run, SETTINGS, 77, False)
     data = ModelCard.load(f"{run.output_dir}/README.md").data
     assert data.license == "other" and data.license_link == card.KONTEXT_LICENCE
     assert data.base_model == run.base_model_id and data.library_name == "diffusers"
@@ -66,7 +72,7 @@ def test_the_cards_header_is_valid_and_complete(run):
 
 
 def test_every_row_of_a_table_has_the_columns_of_its_head(run):
-    card.write_model_card(run, SETTINGS | {"prompt": "plain"}, images=77)
+    card.write_model_card(run, SETTINGS | {"prompt": "plain"}, 77, False)
     width = None
     for line in ModelCard.load(f"{run.output_dir}/README.md").text.splitlines():
         if not line.startswith("|"):
@@ -77,7 +83,7 @@ def test_every_row_of_a_table_has_the_columns_of_its_head(run):
 
 
 def test_no_path_of_this_machine_and_no_secret_is_on_the_card(run):
-    card.write_model_card(run, SETTINGS, images=77)
+    card.write_model_card(run, SETTINGS, 77, False)
     content = ModelCard.load(f"{run.output_dir}/README.md").content
     assert run.output_dir not in content and "hf_secret" not in content
 
@@ -85,7 +91,7 @@ def test_no_path_of_this_machine_and_no_secret_is_on_the_card(run):
 def test_a_run_without_validation_has_a_card_without_a_table(run, tmp_path):
     (tmp_path / "my-lora" / "metrics.jsonl").write_text('{"step": 10, "loss/flow": 0.1}\n')
     (tmp_path / "my-lora" / "validation" / "step-000010.png").unlink()
-    card.write_model_card(run, SETTINGS, images=77)
+    card.write_model_card(run, SETTINGS, 77, False)
     text = ModelCard.load(f"{run.output_dir}/README.md").text
     assert "## Validation" not in text and "validation/" not in text and "## Licence" in text
 

@@ -628,3 +628,21 @@ def test_training_leaves_one_sample_in_twenty_clean_with_a_preset_only(folder, b
     assert share("--identity_probability", "0.2") == 0.2
     with pytest.raises(ValueError, match="^--identity_probability"):
         share("--identity_probability", "5")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--degradation_preset", "nonsense"], ["--degradation_preset", "old_photo"], ["--noise_level", "banana"],
+    ["--degradation_types", "noise"], ["--degradation_order", "shuffled"], ["--degradation_probability", "0.5"],
+    ["--damage_strength", "2"]])
+def test_degradation_options_beside_stored_pairs_are_refused(folder, flags):
+    args = parse("--hr_root", folder, "--lr_root", folder, *flags, data_options=True)
+    with pytest.raises(ValueError, match=f"^{flags[0]} {flags[1]}: stored pairs .* are not degraded"):
+        dataset_from_args(args, None)
+
+
+def test_stored_pairs_are_whole_unless_an_identity_probability_is_given_and_may_come_with_filled_in_defaults(folder):
+    plain = parse("--hr_root", folder, "--lr_root", folder, data_options=True)
+    degrader_from_args(plain)  # as for a --dataset_name, of which only its columns tell whether it has pairs
+    assert dataset_from_args(plain, None).identity_probability == 0
+    plain.identity_probability = "0.2"
+    assert dataset_from_args(plain, None).identity_probability == 0.2

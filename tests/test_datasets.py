@@ -497,11 +497,19 @@ def test_images_stored_as_bytes_load_and_bad_cells_are_listed(tmp_path, monkeypa
     ({"image_column": "prompt"}, "--image_column prompt: not an image column"),
     ({"cond_image_column": "x"}, "--cond_image_column x: "),
     ({"caption_column": "x"}, "--caption_column x: "),
+    ({"caption_column": "degraded"}, "--caption_column degraded: not a column of text"),
 ))
 def test_an_unknown_column_is_an_error_naming_the_flag(imagefolder, arguments, message):
     folder = imagefolder(metadata_row(0), metadata_row(1))
     with pytest.raises(ValueError, match=message):
         hub_records(folder, **arguments)
+
+
+def test_captions_that_are_numbers_are_an_error_and_those_that_are_all_missing_are_none(imagefolder):
+    with pytest.raises(ValueError, match="--caption_column prompt: not a column of text"):
+        hub_records(imagefolder(metadata_row(0, prompt=3), metadata_row(1, prompt=4)))
+    records = hub_records(imagefolder(metadata_row(0, prompt=None), metadata_row(1, prompt=None)))
+    assert [record.prompt for record in records] == [None, None]
 
 
 def test_no_target_column_is_an_error(imagefolder):

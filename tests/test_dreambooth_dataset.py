@@ -262,7 +262,17 @@ def test_held_out_edits_are_centre_crops_with_their_own_captions_and_start_from_
     assert items[0]["prompt"] == "p" and data.heldout_from_args(parse("--resolution", 32), training) == []
     with pytest.raises(ValueError, match="--heldout_cond_data_dir"):
         data.heldout_from_args(parse(*flags[:2], "--resolution", 32), training)
+    (pairs / "table").mkdir()
+    shutil.copytree(pairs / "in", pairs / "table" / "in")
+    shutil.copytree(pairs / "out", pairs / "table", dirs_exist_ok=True)
+    rows = [{"file_name": f"{i}.png", "cond_file_name": f"in/{i}.png"} for i in range(7)]
+    (pairs / "table" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = data.dataset_from_args(parse("--dataset_name", pairs / "table", "--cond_image_column", "cond",
+                                         "--instance_prompt", "p", "--resolution", 32))
+    assert len(data.heldout_from_args(parse(*flags), table)) == 2
     (held / "in" / "0.png").write_bytes((pairs / "in" / "5.png").read_bytes())
+    with pytest.raises(ValueError, match="row 5 of the dataset .training."):
+        data.heldout_from_args(parse(*flags), table)
     with pytest.raises(ValueError, match="is the same file as"):
         data.heldout_from_args(parse(*flags), training)
 

@@ -1,7 +1,9 @@
 """Held-out images: never among the training files, and the same ones in every validation of every run."""
 
+import json
 import re
 import shutil
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from my_dataset.dataset_deg_paired import DegDataset, Record, add_data_args
+from my_dataset.dataset_deg_paired import DegDataset, add_data_args, dataset_from_args
 from my_dataset.heldout import heldout_from_args, load_validation_images
+from my_dataset.streaming import add_stream_args
 from utils.parse import make_parser
 from utils.validation import add_validation_args
 
@@ -79,9 +82,53 @@ def test_a_training_file_among_the_held_out_ones_is_refused_by_name_whatever_it_
         heldout_from_args(make_args(photos, heldout_root=str(tmp_path / "heldout")), training, add_noise)
 
 
-def test_training_records_from_a_table_are_no_files_to_compare(photos):
-    training = SimpleNamespace(records=[Record("table[0]", target=object())], is_paired=False)
+@pytest.fixture(params=["imagefolder", "table of bytes", "tars"])
+def table(request, photos, tmp_path, monkeypatch):
+    """The training photographs as a --dataset_name."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    paths = sorted((photos / "train").iterdir())
+    folder = tmp_path / "table"
+    if request.param == "tars":
+        folder.mkdir()
+        with tarfile.open(folder / "0.tar", "w") as archive:
+            for path in paths:
+                archive.add(path, path.name)
+    elif request.param == "imagefolder":
+        shutil.copytree(photos / "train", folder)
+        rows = [json.dumps({"file_name": path.name}) for path in paths]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    else:
+        cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+        features = datasets.Features({"image": datasets.Image()})
+        folder.mkdir()
+        datasets.Dataset.from_dict({"image": cells}, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def from_table(folder, *flags):
+    parser = make_parser("test")
+    add_data_args(parser)
+    add_stream_args(parser)
+    args = parser.parse_args(["--dataset_name", str(folder), "--resolution", "32", *flags])
+    return dataset_from_args(args, add_noise)
+
+
+def test_a_training_image_of_a_table_is_refused_too_and_the_others_are_not(photos, table, tmp_path):
+    training = from_table(table)
     assert len(heldout_from_args(make_args(photos), training, add_noise)) == 2
+    shutil.copytree(photos / "heldout", tmp_path / "heldout")
+    shutil.copy(photos / "train" / "photo_3.png", tmp_path / "heldout" / "renamed.png")
+    place = r"(.*photo_3.png|row 3 of the dataset|the file at byte \d+ of .*0.tar) \(training\)"
+    with pytest.raises(ValueError, match=rf"renamed.png \(held out\) is the same file as {place}"):
+        heldout_from_args(make_args(photos, heldout_root=str(tmp_path / "heldout")), training, add_noise)
+
+
+@pytest.mark.parametrize("table", ["tars"], indirect=True)
+def test_a_stream_is_not_searched_for_held_out_images(photos, table):
+    training = from_table(table, "--streaming")
+    assert len(heldout_from_args(make_args(photos, heldout_root=str(photos / "train")), training, add_noise)) == 4
 
 
 def test_stored_pairs_are_used_as_they_are(photos, training, stored):

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from my_dataset.dataset_deg_paired import DEGRADATION_STREAM, KERNELS, DegDataset, item_rng, pair_records, to_tensor
 from my_dataset.degradations import jpeg, make_degrader
-from my_dataset.images import load_rgb
+from my_dataset.images import load_rgb, save_image
 from scripts import img_downsample
 from tests.conftest import photograph
 from utils.parse import run_main
@@ -144,6 +144,47 @@ def test_files_that_fail_are_listed_and_the_others_are_done(call, folder, tmp_pa
 def test_bad_flags_are_one_line(call, folder, flags, words):
     code, _, err = call(*flags)
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["hr/a.png", "lr/sub/b.png", "lr/downsample.json", "lr/failures.json",
+                                  "lr/outputs.json", "hr/outputs.json"])
+def test_a_file_that_was_not_made_here_stays_and_nothing_is_written(call, folder, tmp_path, file):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text('["mine"]')
+    code, _, err = call("--crop_to_multiple", "--save_clean", tmp_path / "hr")
+    assert code == 2 and err.count("\n") == 1 and f"{file} would be written over, and was not made here" in err
+    assert [path.read_text() for path in tmp_path.glob("[hl]r/**/*") if path.is_file()] == ['["mine"]']
+
+
+def test_images_of_another_input_keep_their_pairs_though_they_have_the_same_names(call, folder, tmp_path):
+    flags = ["--crop_to_multiple", "--save_clean", tmp_path / "hr"]
+    assert call(*flags)[0] == 0
+    first = [load_rgb(tmp_path / name / "a.png") for name in ("lr", "hr")]
+    write(tmp_path / "other" / "a.png", photograph("coffee", (50, 66)))
+    code, _, err = call(*flags, "--input", tmp_path / "other")
+    assert code == 2 and f"was made from {folder}" in err and err.count("\n") == 1
+    code, _, err = call(*flags, "--input", tmp_path / "other", "--output", tmp_path / "lr2")
+    assert code == 2 and f"{tmp_path / 'hr' / 'a.png'} would be written over, and was made from {folder}/a.png" in err
+    assert not (tmp_path / "lr2" / "outputs.json").exists()
+    for name, image in zip(("lr", "hr"), first, strict=True):
+        assert (load_rgb(tmp_path / name / "a.png") == image).all()
+
+
+def test_a_run_that_was_stopped_may_be_repeated(call, folder, tmp_path, monkeypatch):
+    written = []
+
+    def stop(path, *rest):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_image(path, *rest)
+
+    monkeypatch.setattr(img_downsample, "save_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert written[0].exists() and not (tmp_path / "lr" / "downsample.json").exists()
+    monkeypatch.undo()
+    assert call()[0] == 0
 
 
 def test_outputs_never_replace_inputs_or_one_another(call, folder, tmp_path):

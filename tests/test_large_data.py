@@ -107,6 +107,12 @@ def test_images_in_tars_are_the_same_samples_as_in_a_folder(shards, tmp_path):
         assert Path(one["path"]).stem == Path(other["path"]).name
 
 
+def test_a_caption_column_of_files_that_are_no_text_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": png(crop(0)), "1.json": b"{}", "2.png": png(crop(1))})
+    with pytest.raises(ValueError, match="--caption_column json: not a column of text"):
+        tar_records(tmp_path, caption_column="json")
+
+
 def test_pairs_and_prompts_in_tars_stay_together_whatever_their_order(tmp_path):
     content = {f"dir/{i}.{name}": png(crop(i) // (1 + (name == "degraded.png"))) for i in (0, 1)
                for name in ("clean.png", "degraded.png")} | {f"dir/{i}.txt": f"text {i}\n".encode() for i in (0, 1)}

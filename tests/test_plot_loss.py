@@ -122,10 +122,17 @@ def test_bad_input_is_one_line(runs, capsys, flags, words):
     assert exit_.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
-def test_a_damaged_or_empty_file_is_named_with_its_line(tmp_path):
+def test_a_last_line_that_a_kill_has_cut_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss/flow": 1}\n{"step": 2, "lo')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2: no report"):
+    file.write_text('{"step": 1, "loss/flow": 3}\n{"step": 2, "lo')
+    np.testing.assert_equal(plot_loss.read_run(file), {"loss/flow": (np.array([1.0]), np.array([3.0]))})
+
+
+@pytest.mark.parametrize("line", ['{"loss/flow": 1}', '{"step": 1, loss}'])
+def test_a_damaged_or_empty_file_is_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match="metrics.jsonl: no reports of a training"):
         plot_loss.read_run(file)
     file.write_text("")
     with pytest.raises(ValueError, match="these runs have no reports yet"):

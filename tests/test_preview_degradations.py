@@ -109,6 +109,21 @@ def test_unreadable_images_are_named_and_left_out(folder, tmp_path, capsys):
     assert "0.png" in capsys.readouterr().err
 
 
+def test_samples_are_trainings_behind_files_that_it_leaves_out_or_finds_damaged_later(folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "0.png").write_text("text")  # left out by its header: has no index
+    Image.new("RGB", (99, 8)).save(photos / "1.png")  # so is what is too small
+    content = (folder / "a.png").read_bytes()
+    (photos / "2.png").write_bytes(content[:9999])  # cut: keeps its index, and training takes the next one for it
+    (photos / "3.png").write_bytes(content)
+    samples = preview(photos, tmp_path / "sheet.png", "--samples", "1")[1]["samples"]
+    degrade = make_degrader("downsample,noise,blur,jpeg", noise_level="0.01-0.2", blur_radius="0-4")
+    item = DegDataset(str(photos), degrade, resolution=96, crop="center")[1]
+    assert [(Path(sample["image"]).name, sample["degradation"]) for sample in samples] == [
+        (Path(item["path"]).name, item["degradation"])] == [("3.png", item["degradation"])]
+
+
 def test_caption_tells_everything_but_the_seed_and_fits():
     noise = {"type": "noise", "kind": "poisson", "level": 0.0512345, "gray": True, "seed": 5}
     assert describe(noise) == "noise poisson level 0.0512 gray"

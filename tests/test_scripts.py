@@ -293,6 +293,27 @@ def test_photographs_that_fail_are_listed_and_a_run_without_any_is_an_error(call
     assert len(json.loads((tmp_path / "out" / "failures.json").read_text())) == 2
 
 
+@pytest.mark.parametrize("file", ["a_degraded.png", "sub/b_original.png", "grid.png", "results.json", "failures.json"])
+def test_degrading_writes_over_nothing_that_it_did_not_make(call, folder, tmp_path, monkeypatch, file):
+    monkeypatch.setattr(test_kontext_deg, "load_models", None)
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    (tmp_path / "out" / file).write_text("mine")
+    code, _, err = call(test_kontext_deg, "--input", folder)
+    assert code == 2 and err.count("\n") == 1 and f"{file} would be written over, and was not made here" in err
+    assert (tmp_path / "out" / file).read_text() == "mine"
+
+
+def test_degrading_again_writes_over_its_own_pictures_but_not_over_those_of_another_input(call, folder, tmp_path):
+    flags = ["--degradation_types", "noise", "--crop_px", 32]
+    for seed in (1, 2):
+        assert call(test_kontext_deg, "--input", folder, *flags, "--seed", seed)[0] == 0
+    report = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(report)["arguments"]["seed"] == 2
+    write(tmp_path / "other" / "a.png")
+    code, _, err = call(test_kontext_deg, "--input", tmp_path / "other", *flags)
+    assert code == 2 and f"was made from {folder}" in err and (tmp_path / "out" / "results.json").read_text() == report
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--noise_level", 7], "--noise_level"), (["--crop_px", -1], "--crop_px -1"), (["--tile", "big"], "--tile big"),
     (["--grid_images", -1], "--grid_images -1"), (["--fidelity", 0.5], "--fidelity 0.5"),

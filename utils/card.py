@@ -1,16 +1,18 @@
 """The model card beside a trained LoRA, and its upload."""
 
-import json
 import shlex
 from pathlib import Path
+
+from utils.parse import read_metrics
 
 KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md"
 
 
-def write_model_card(args, settings, images):
-    """Write output_dir/README.md of a restoration LoRA; returns its path. images: how many, or what they were."""
+def write_model_card(args, settings, images, is_paired):
+    """Write output_dir/README.md of a restoration LoRA; returns its path. images: how many, or what they were.
+    is_paired: whether they were stored with their degraded partners."""
     damage = f"with degradations `{args.degradation_preset or args.degradation_types}` made on the fly"
-    damage = "on stored pairs" if args.lr_root else damage
+    damage = "on stored pairs" if is_paired else damage
     model = f"/path/to/{folder_name(args.base_model_id)}"
     return write_card(
         args, settings, f"Restoration LoRA for {args.base_model_id}",
@@ -55,8 +57,8 @@ def write_card(args, settings, title, about, command, about_scores, pipeline_tag
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(args.output_dir)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    results = [row for row in map(json.loads, lines) if any(key.startswith("validation/") for key in row)]
+    results = [row for row in read_metrics(folder / "metrics.jsonl")
+               if any(key.startswith("validation/") for key in row)]
     text = f"""# {title}
 
 {about}

@@ -140,6 +140,11 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+def read_metrics(log_file):
+    """The rows of a metrics.jsonl, whose last line a kill may have cut."""
+    return [json.loads(line) for line in log_file.read_text().splitlines() if line.endswith("}")]
+
+
 def writable_folder(path, flag):
     """Create the folder `path` if needed and return it; ValueError naming `flag` if nothing can be written there."""
     path = Path(path)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, sharding
 from utils.lora import LORA_FILE, averaged, load_state_dict, state_dict
-from utils.parse import check_finite, check_least, public_args, writable_folder, write_json
+from utils.parse import check_finite, check_least, public_args, read_metrics, writable_folder, write_json
 from utils.restore import choose_start_noise
 
 logger = logging.getLogger("kontext")
@@ -288,11 +288,6 @@ def start_run(accelerator, args, step, project):
         log_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_args(args).items()}
     accelerator.init_trackers(project, config=config)
-
-
-def read_metrics(log_file):
-    """The rows of a metrics.jsonl, whose last line a kill may have cut."""
-    return [json.loads(line) for line in log_file.read_text().splitlines() if line.endswith("}")]
 
 
 def log_metrics(accelerator, output_dir, values, step):
