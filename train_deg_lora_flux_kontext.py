@@ -22,7 +22,7 @@ from my_dataset.streaming import add_stream_args, check_shards
 from utils import flow_matching as fm
 from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
-from utils.card import push_to_hub, restore_command, write_model_card
+from utils.card import check_card, push_to_hub, restore_command, write_model_card
 from utils.losses import add_perceptual_args, check_perceptual_args, crop_boxes, make_perceptual_loss, perceptual_loss
 from utils.parse import make_parser, run_main
 from utils.restore import make_settings
@@ -67,6 +67,7 @@ def parse_args(argv=None):
         raise ValueError("--cache_latents keeps one latent per image: it needs --center_crop, one --crop_zoom and no "
                          "--random_flip")
     run.check_output_dir(args)
+    check_card(args.output_dir)
     return args
 
 

@@ -30,7 +30,7 @@ from my_dataset.prompts import tokenize_prompt
 from utils import flow_matching as fm
 from utils import flux, lora, placement, run, speed, validation
 from utils.cache import encode_all, encode_cached
-from utils.card import generate_command, push_to_hub, write_dreambooth_card
+from utils.card import check_card, generate_command, push_to_hub, write_dreambooth_card
 from utils.generate import generate_class_images
 from utils.parse import check_least, make_parser, run_main, writable_folder
 from utils.restore import STOCK_SETTINGS, evaluating
@@ -87,6 +87,7 @@ def parse_args(argv=None):
     placement.check_placement_args(args)
     flux.check_model(args.pretrained_model_name_or_path)
     run.check_output_dir(args)
+    check_card(args.output_dir)
     return args
 
 

@@ -1,7 +1,7 @@
 """Make the embedded default model: a complete, small FluxKontextPipeline with random text encoders, a linear
 autoencoder and a transformer that edits its reference by prompt, trained here on photographs.
 
-    python -m scripts.make_tiny_kontext --stage init                       # untrained, seconds: the folder alone
+    python -m scripts.make_tiny_kontext --stage init --output_dir outputs/untrained      # seconds: the folder alone
     python -m scripts.make_tiny_kontext --photos DIR --credit "LINE FOR THE MODEL CARD"   # all stages, about two hours
 
 The four photographs of TRAIN_SAMPLES are always trained on, those of HELDOUT_SAMPLES never. Progress is kept in
@@ -67,7 +67,16 @@ def parse_args(argv=None):
                              "more round of the rate's decay, from half the rate of the one before")
     parser.add_argument("--save_every", type=int, default=500, help="steps between saved states and progress lines")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of every training draw")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_untrained(args)
+    return args
+
+
+def check_untrained(args):
+    """ValueError where --stage init would put untrained weights in the place of a model."""
+    if "init" in args.stage and Path(args.output_dir).exists():
+        raise ValueError(f"--stage init: --output_dir {args.output_dir} is there, and its weights would be lost; "
+                         "name another")
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

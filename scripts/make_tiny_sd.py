@@ -1,7 +1,7 @@
 """Make the embedded Stable Diffusion model: a complete, small pipeline in the layout of SD 1.5 with a random text
 encoder, a linear autoencoder and a UNet that is trained here to denoise photographs and to sharpen blurred ones.
 
-    python -m scripts.make_tiny_sd --stage init                     # untrained, seconds: the folder alone
+    python -m scripts.make_tiny_sd --stage init --output_dir outputs/untrained     # seconds: the folder alone
     python -m scripts.make_tiny_sd --photos DIR --credit "LINE FOR THE MODEL CARD"     # all stages, two hours
 
 The photographs of TRAIN_SAMPLES are always trained on, those of HELDOUT_SAMPLES never (scripts/make_tiny_kontext.py).
@@ -24,6 +24,7 @@ from scripts.make_tiny_kontext import (
     DECODER_FILE,
     HELDOUT_SAMPLES,
     TRAIN_SAMPLES,
+    check_untrained,
     draw_crops,
     export,
     heldout_crops,
@@ -70,7 +71,9 @@ def parse_args(argv=None):
                         "from the blurs of recipes.deblur_controlnet")
     parser.add_argument("--save_every", type=int, default=250, help="steps between saved states and progress lines")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of every training draw")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_untrained(args)
+    return args
 
 
 # --- the autoencoder --------------------------------------------------------------------------------------------------

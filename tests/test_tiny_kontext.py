@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts import make_tiny_kontext as tiny
+from scripts import make_tiny_sd
 from utils import flux
 
 FOLDER = Path(__file__).parent.parent / "assets" / "tiny-kontext"
@@ -223,3 +224,9 @@ def test_rate_decays_in_every_round_from_half_the_rate_of_the_one_before():
     assert rates[0] == pytest.approx(0.004) and rates[99] == pytest.approx(0.4, rel=0.03)
     assert rates[999] < 1e-5 and rates[1099] == pytest.approx(0.2, rel=0.11) and rates[1499] < 1e-5
     assert rates[500] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("script", [tiny, make_tiny_sd])
+def test_untrained_weights_never_take_the_place_of_a_model(script):
+    with pytest.raises(ValueError, match="--stage init: --output_dir assets.tiny-.* is there, and its weights would be lost"):
+        script.parse_args(["--stage", "init"])

@@ -427,6 +427,14 @@ def test_training_images_held_out_and_a_file_for_the_output_are_refused_before_a
             train("--max_train_steps 1", flags)
 
 
+def test_a_readme_that_is_no_card_of_ours_is_never_written_over(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my notes")
+    with pytest.raises(ValueError, match="README.md would be written over"):
+        train("--max_train_steps 1")
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+
+
 def test_a_missing_model_is_refused(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(ValueError, match="--pretrained_model_name_or_path"):

@@ -8,6 +8,14 @@ from utils.parse import read_metrics
 KONTEXT_LICENCE = "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md"
 
 
+def check_card(folder):
+    """ValueError where the README.md of an --output_dir is of no training run: the card would take its place."""
+    card = Path(folder, "README.md")
+    if card.exists() and not Path(folder, "args.json").exists():
+        raise ValueError(f"{card} would be written over, and was not made here; name another --output_dir, or move it "
+                         "away")
+
+
 def write_model_card(args, settings, images, is_paired):
     """Write output_dir/README.md of a restoration LoRA; returns its path. images: how many, or what they were.
     is_paired: whether they were stored with their degraded partners."""
