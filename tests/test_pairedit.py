@@ -324,6 +324,62 @@ def test_nothing_is_resumed_or_called_finished_with_other_options(command, tmp_p
     assert before == {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
 
 
+@pytest.fixture
+def other_pairs(datasets, tmp_path):
+    """The datasets with one more bright pixel in a target."""
+    shutil.copytree(datasets, tmp_path / "other_pairs")
+    path = tmp_path / "other_pairs" / "warm" / "target" / "b.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[20, 20] = 255
+    Image.fromarray(pixels).save(path)
+    return tmp_path / "other_pairs"
+
+
+def test_a_lora_of_other_pairs_is_neither_finished_nor_written_over(command, tmp_path, other_pairs):
+    run_training(command(train_iteration=2))
+    before = {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+    shutil.rmtree(next((tmp_path / "models").rglob("checkpoint-2")))
+    for iterations in (2, 4):
+        with pytest.raises(ValueError, match=r"trained with other options \(images\)"):
+            run_training(command(train_iteration=iterations, datasets_folder=other_pairs,
+                                 resume_from_checkpoint="latest"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+
+
+def test_a_lora_that_states_no_images_is_resumed_but_not_without_its_checkpoint(command, tmp_path, monkeypatch):
+    save = adapters.save
+    monkeypatch.setattr(adapters, "save", lambda model, name, path, settings: save(
+        model, name, path, {key: value for key, value in settings.items() if key != "images"}))
+    run_training(command(train_iteration=2))
+    monkeypatch.undo()
+    run_training(command(train_iteration=4, resume_from_checkpoint="latest"))
+    before = {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+    shutil.rmtree(next((tmp_path / "models").rglob("checkpoint-4")))
+    with pytest.raises(ValueError, match="2epoch.safetensors is of an earlier run without a sound checkpoint"):
+        run_training(command(train_iteration=6, resume_from_checkpoint="latest"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "models").rglob("*epoch*")}
+
+
+@pytest.fixture
+def no_network_loads(monkeypatch):
+    """no_network_loads(): from here on the text encoders and the transformer must stay where they are."""
+    def forbid():
+        for name in ("encode_prompts", "load_models"):
+            monkeypatch.setattr(flux, name, lambda *args, **where: pytest.fail("a network was loaded"))
+    return forbid
+
+
+def test_what_earlier_runs_say_is_asked_before_any_model_loads(command, no_network_loads, capsys):
+    run_training(command(train_iteration=2, train_count=2))
+    no_network_loads()
+    run_training(command(train_iteration=2, train_count=2, resume_from_checkpoint="latest"))
+    assert capsys.readouterr().out.count("is there already") == 2
+    with pytest.raises(ValueError, match="trained with other options"):
+        run_training(command(train_iteration=2, train_start=2, train_count=2, seed=4, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="it differs in adam_epsilon"):
+        run_training(command(train_iteration=4, adam_epsilon=1e-3, resume_from_checkpoint="latest"))
+
+
 def test_where_the_slider_is_the_content_lora_is_too(command, tmp_path, monkeypatch):
     """The slider is written last: killed in between, the run is not taken for finished."""
     save, written = adapters.save, []
@@ -518,6 +574,12 @@ def test_a_long_prompt_of_any_script_is_a_file_name(tmp_path):
     assert pictures.file_stem("a cat, " * 20 + "asleep") != pictures.file_stem("a cat, " * 20 + "awake")
 
 
+def test_every_prompt_has_a_file_name_of_its_own_and_a_plain_one_that_of_the_original():
+    assert pictures.file_stem("image of a person") == "image_of_a_person" and pictures.file_stem("") == ""
+    prompts = ["a cat", "a cat?", "a cat!", "a, cat", "a_cat", "a cat.", "a  cat", "?", "!", ""]
+    assert len({pictures.file_stem(prompt) for prompt in prompts}) == len(prompts)
+
+
 def test_generation_adds_seeds_and_epochs_to_a_folder_and_refuses_to_write_over_another_runs_images(command, tmp_path):
     run_training(command(train_iteration=2, save_per_steps=1))
 
@@ -535,6 +597,7 @@ def test_generation_adds_seeds_and_epochs_to_a_folder_and_refuses_to_write_over_
     with pytest.raises(ValueError, match=r"made in another way \(loras\)"):
         run_generation()
     assert {path: path.read_bytes() for path in (tmp_path / "images").rglob("*") if path.is_file()} == earlier
+
 
 def test_prompts_come_from_a_file_and_seeds_from_chance(command, tmp_path):
     prompts = tmp_path / "prompts.yaml"
@@ -572,6 +635,77 @@ def test_real_images_are_trained_and_edited(command, tmp_path):
     latents = flux.encode(pipe.vae, photograph)
     ceiling = np.asarray(pictures.to_pil(flux.decode(pipe.vae, latents).detach()[0].clamp(-1, 1))).astype(int)
     assert np.abs(low_image - ceiling).mean() < np.abs(images[0] - ceiling).mean()
+
+
+def run_edit(words):
+    generate_real_image.main(generate_real_image.parse_args([str(word) for word in words]))
+
+
+def test_a_real_image_takes_prompts_from_a_file_a_named_content_lora_and_seeds_in_batches(command, tmp_path, capsys):
+    run_training(command(train_iteration=2))
+    semantic = next((tmp_path / "models").rglob("*_2epoch.safetensors"))
+    real = {"python_name": "train_image_real", "image_ids": "a", "train_iteration": 2, "num_inference_steps": 6}
+    run_training(command(**real))
+    content = shutil.copy(next((tmp_path / "models").rglob("warm_a_*_2epoch.safetensors")),
+                          tmp_path / "content.safetensors")
+    (tmp_path / "p.yaml").write_text("- a cat\n- a dog\n")
+    real |= {"semantic_lora_path": semantic, "config_name": "none", "use_trained_lora_path": 1,
+             "trained_lora_path": content, "use_prompts_file": 1, "prompts_file": tmp_path / "p.yaml", "count_gen": 6}
+    for size in (1, 4):
+        run_edit(command(**real, sample_batch_size=size, output_folder_gen=tmp_path / f"batches{size}"))
+    folder = Path("warm", "a_content", semantic.stem)
+    one, four = ({path.name: np.asarray(Image.open(path)).astype(int)
+                  for path in (tmp_path / f"batches{size}" / folder).rglob("*scale*.png")} for size in (1, 4))
+    assert one.keys() == four.keys() and len(one) == 18
+    assert {name.partition("scale")[2][5:] for name in one} == {"a_cat.png", "a_dog.png"}
+    assert all(np.abs(one[name] - four[name]).max() <= 1 for name in one)
+    run_edit(command(**real | {"image_ids": "b", "count_gen": 1}, output_folder_gen=tmp_path / "batches1"))
+    assert {path.name for path in (tmp_path / "batches1" / "warm").iterdir()} == {"a_content", "b_content"}
+    with pytest.raises(ValueError, match="holds one image, and --image_ids and --datasets name 2; name one"):
+        run_edit(command(**real | {"image_ids": ["a", "b"]}))
+    with pytest.raises(ValueError, match="--prompts_file nowhere.yaml"):
+        run_edit(command(**real | {"prompts_file": "nowhere.yaml"}))
+    with pytest.raises(ValueError, match="--use_trained_lora_path 1 needs --trained_lora_path"):
+        run_edit(command(**real | {"trained_lora_path": None}))
+
+
+def test_the_semantic_lora_is_compared_with_the_settings_that_are_used(command, tmp_path, capsys):
+    run_training(command(train_iteration=2))
+    semantic = next((tmp_path / "models").rglob("*_2epoch.safetensors"))
+    real = {"python_name": "train_image_real", "image_ids": ["a", "b"], "train_iteration": 2, "count_gen": 1,
+            "semantic_lora_path": semantic, "skips": 4}  # of 6 steps, more than the semantic LoRA's 4 have
+    run_training(command(**real | {"num_inference_steps": 6}))
+    for file in (tmp_path / "models").rglob("warm_?_6inf*.safetensors"):
+        file.rename(file.with_name(file.name.replace("6inf", "28inf")))  # as the options, which default to 28, name it
+    capsys.readouterr()
+    run_edit(command(**real | {"num_inference_steps": None}))
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [*(f"warm_{name}_28inf_2epoch.safetensors was trained with --num_inference_steps 6; that is "
+                          "taken, not 28" for name in "ab"),
+                        f"{semantic.name} was trained with --num_inference_steps 4; here it is 6"]
+
+
+def test_what_cannot_be_generated_is_refused_before_any_network_loads(command, tmp_path, no_network_loads):
+    real = {"python_name": "train_image_real", "image_ids": "a", "train_iteration": 2, "count_gen": 1}
+    run_training(command(**real))
+    content = next((tmp_path / "models").rglob("*_2epoch.safetensors"))
+    foreign, junk = tmp_path / "foreign.safetensors", tmp_path / "junk.pt"
+    lora.write_file(foreign, {key: value[:, :-1] if "lora_A" in key else value
+                              for key, value in load_file(content).items()}, {"format": "pt"})
+    junk.write_bytes(b"junk")
+    no_network_loads()
+    for file, message in ((foreign, "was it trained for another model"), (junk, "not a plain dict of weights")):
+        with pytest.raises(ValueError, match=message):
+            words = command(use_trained_lora_path=1, trained_lora_path=file)
+            generate.main(generate.parse_args([str(word) for word in words]))
+        with pytest.raises(ValueError, match=message):
+            run_edit(command(**real, semantic_lora_path=file))
+        with pytest.raises(ValueError, match=message):
+            run_edit(command(**real, semantic_lora_path=content, use_trained_lora_path=1, trained_lora_path=file))
+    with pytest.raises(ValueError, match="--start_sigma 0.05: no step is left"):
+        run_edit(command(**real, semantic_lora_path=content, start_sigma=0.05))
+    with pytest.raises(ValueError, match="needs multiples of 16 pixels"):
+        run_edit(command(**real | {"resolution": 40}, semantic_lora_path=content))
 
 
 def test_a_slider_of_the_original_is_imported_and_gives_the_same_velocity(tiny_pipe, tiny_model, tmp_path):
@@ -677,7 +811,7 @@ def test_the_entry_points_words_win(command, monkeypatch):
     ({"adam_beta1": 2}, "--adam_beta1 2"),
     ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "replaces the schedule"),
     ({"max_sequence_length": 600}, "give 1 to 512"),
-    ({"semantic_cfg_scale": "nan"}, "give finite numbers"),
+    ({"semantic_cfg_scale": "nan"}, "--semantic_cfg_scale nan: give a finite number"),
     ({"lora_alpha": 0}, "--lora_alpha"),
     ({"start_sigma": 0}, "--start_sigma"),
     ({"datasets": ["warm", "warm"]}, "a name is given twice"),

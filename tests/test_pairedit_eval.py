@@ -13,6 +13,7 @@ from recipes.pairedit import make_pairs
 from recipes.pairedit.edits import EDITS, luminance
 from recipes.pairedit.eval_scripts import clip_score, evaluate, known_edits, lpip_score
 from recipes.pairedit.pairs import find_pairs
+from recipes.pairedit.pictures import file_stem, write_slide
 from tests.conftest import photograph
 from tests.test_metrics import write_backbone
 from utils.parse import run_main
@@ -165,6 +166,26 @@ def test_make_pairs_takes_the_first_images_of_a_folder_and_repeats_itself_but_mi
         make_pairs.find_photographs(photos / "train" / "photo_0.png", 1)
 
 
+def test_make_pairs_writes_over_no_file_that_it_would_not_make(photos, tmp_path):
+    """Photographs in the very folder that sources go to: refused at another size, and else left as they are."""
+    source = tmp_path / "warm" / "source"
+    words = ["--images", str(source), "--output_folder", str(tmp_path), "--resolution"]
+    source.mkdir(parents=True)
+    save_image(source / "a.png", to_uint8(photo() * 2 - 1)[0])
+    photographed = (source / "a.png").read_bytes()
+    for edits in (["warm"], ["gray", "warm"]):
+        with pytest.raises(ValueError, match="a.png is not of this command"):
+            make_pairs.main(make_pairs.parse_args(["--edits", *edits, *words, "32"]))
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.png"]
+    (source / "a.png").write_bytes(photographed + b"a photographer's own bytes")
+    make_pairs.main(make_pairs.parse_args(["--edits", "warm", *words, "64"]))
+    assert (source / "a.png").read_bytes() == photographed + b"a photographer's own bytes"
+    assert load_rgb(tmp_path / "warm" / "target" / "a.png").shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="such images"):
+        make_pairs.main(make_pairs.parse_args(["--edits", "warm", "--images", str(tmp_path / "warm" / "target"),
+                                               "--output_folder", str(tmp_path), "--resolution", "64"]))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "slider", "seed", "prompt", "scale"), [
@@ -188,12 +209,11 @@ def test_collages_and_other_pictures_are_no_items(tmp_path, name):
 
 
 def test_files_as_generation_names_them_are_found(tmp_path):
-    from recipes.pairedit.pictures import write_slide
-
     folder = tmp_path / "cat_dragon" / LORA / "origin"
     write_slide(folder, "cat_dragon", 6000, 10, 500, SCALES, slide(EDITS["warm"]) * 2 - 1, "image of, a person")
     (item, paths), = evaluate.find_items(tmp_path).items()
-    assert item == (("cat_dragon", LORA, 500, 10), 6000, "image_of_a_person") and tuple(paths) == SCALES
+    name = file_stem("image of, a person")
+    assert item == (("cat_dragon", LORA, 500, 10), 6000, name) and tuple(paths) == SCALES
 
 
 def test_a_folder_that_cannot_be_scored_gives_one_line(tmp_path, capsys):
@@ -387,6 +407,15 @@ def test_the_scripts_of_concept_sliders_names_write_the_same_numbers(networks, t
     assert [(row["case_number"], float(row["scale"])) for row in rows] == [("6000", scale) for scale in SCALES]
     values = [float(row["lpips"]) for row in rows]
     assert values[0] == 0 and values == sorted(values) and values[-1] > 0
+
+
+def test_lpips_without_weights_advises_nothing_that_the_command_lacks(tmp_path):
+    words = ["--im_path", str(write_images(tmp_path)), "--lpips_backbone", str(tmp_path / "none.pth")]
+    with pytest.raises(ValueError, match=r"put it at .*none.pth, or name it by --lpips_backbone$"):
+        lpip_score.main(lpip_score.parse_args(words))
+    with pytest.raises(ValueError) as refused:
+        run(tmp_path, tmp_path / "out", *words[2:])
+    assert "none.pth" in str(refused.value) and "--metrics" not in str(refused.value)
 
 
 def test_luminance_of_grey_is_its_value():

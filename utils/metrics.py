@@ -129,7 +129,7 @@ def lpips_model(backbone_file=None, net="alex"):
     path = find_backbone(backbone_file, net)
     if not path.is_file():
         raise ValueError(f"LPIPS needs torchvision's {BACKBONES[net]}: put it at {path}, or pass --lpips_backbone "
-                         "FILE, or leave lpips out of --metrics")
+                         "FILE, or leave lpips out")
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     with open(path, "rb") as file:
         if stated and not hashlib.file_digest(file, "sha256").hexdigest().startswith(stated[1]):

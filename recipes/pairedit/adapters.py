@@ -84,24 +84,36 @@ def save(model, name, path, settings):
     return lora.save(model, path.parent, stored, adapter=name, name=path.name)
 
 
+def read_stored(path):
+    """What a LoRA file stores of its training, {} for the original's .pt. ValueError where there is no such file."""
+    path = Path(path)
+    if path.suffix != ".pt":
+        return (lora.read_settings(path) or {}).get("slider", {})
+    if not path.is_file():
+        raise ValueError(f"{path}: no such LoRA file")
+    return {}
+
+
+def report_differing(path, args, chosen):
+    """Say in which of the `chosen` sampling settings, and in which model, a LoRA file's training was another."""
+    stored = read_stored(path)
+    for name, value in chosen.items():
+        if stored.get(name, value) != value:
+            print(f"{Path(path).name} was trained with --{name} {stored[name]}; here it is {value}", flush=True)
+    if stored.get("base_model") not in (None, args.base_model_id):
+        print(f"{Path(path).name} was trained on {stored['base_model']}, and the model is {args.base_model_id}",
+              flush=True)
+
+
 def read_settings(path, args):
     """What sampling needs of a LoRA's training, {name: value}: what the command line says, else what the file stores,
     else the config. ValueError where there is no such file, or its steps leave a --skips without effect."""
     chosen = {name: getattr(args, name) for name in SAMPLED}
-    path = Path(path)
-    if path.suffix == ".pt":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such LoRA file")
-        stored = {}
-    else:
-        stored = (lora.read_settings(path) or {}).get("slider", {})
-    for name in SAMPLED:
-        if name in stored and stored[name] != chosen[name]:
-            used = chosen[name] if name in args.given else stored[name]
-            print(f"{path.name} was trained with --{name} {stored[name]}; here it is {used}", flush=True)
-            chosen[name] = used
-    if stored.get("base_model") not in (None, args.base_model_id):
-        print(f"{path.name} was trained on {stored['base_model']}, and the model is {args.base_model_id}", flush=True)
+    for name, value in read_stored(path).items():
+        if name in SAMPLED and name not in args.given and value != chosen[name]:
+            print(f"{Path(path).name} was trained with --{name} {value}; that is taken, not {chosen[name]}", flush=True)
+            chosen[name] = value
+    report_differing(path, args, chosen)
     first, last = (0, 1) if args.objective == "real" else (-1, 2)
     if any(not first <= skip <= chosen["num_inference_steps"] - last for skip in args.skips):
         raise ValueError(f"--skips {' '.join(map(str, args.skips))}: give {first} to "
@@ -110,15 +122,20 @@ def read_settings(path, args):
     return chosen
 
 
-def load(pipe, path, name):
-    """Load a LoRA file, .safetensors or the original's .pt, into the transformer as `name`, in place of the one that
-    has this name. ValueError where it does not fit the model."""
+def read(path, transformer):
+    """What lora.add takes of a LoRA file, .safetensors or the original's .pt. ValueError where it does not fit the
+    transformer, which may be without weights."""
     path = Path(path)
     if path.suffix == ".pt":
-        content = [read_legacy(path, pipe.transformer)]
-    else:
-        lora.check(path, pipe.transformer)
-        content = lora.read(path)
+        return [read_legacy(path, transformer)]
+    lora.check(path, transformer)
+    return lora.read(path)
+
+
+def load(pipe, path, name):
+    """Load a LoRA file into the transformer as `name`, in place of the one that has this name. ValueError where it does
+    not fit the model."""
+    content = read(path, pipe.transformer)
     if name in getattr(pipe.transformer, "peft_config", {}):
         pipe.transformer.delete_adapters(name)
     lora.add(pipe, name, *content)
@@ -136,7 +153,7 @@ def read_legacy(path, transformer):
     except Exception as error:  # pickle's own errors are of many kinds
         raise ValueError(f"{path} is not a plain dict of weights ({str(error).partition(chr(10))[0]}); nothing else "
                          "is read from a .pt file") from error
-    modules = {name.replace(".", "_"): (name, layer.weight.shape)
+    modules = {name.replace(".", "_"): (name, (layer.out_features, layer.in_features))
                for name, layer in lora.linear_layers(transformer).items()}
     parts = {}
     for key, value in (content.items() if isinstance(content, dict) else ()):

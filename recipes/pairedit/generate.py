@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from recipes.pairedit import adapters
 from recipes.pairedit.objectives import SEMANTIC
-from recipes.pairedit.options import choose_prompts, choose_seeds, parse_pairedit_args, plan_tasks
+from recipes.pairedit.options import choose_loras, choose_prompts, choose_seeds, parse_pairedit_args, plan_tasks
 from recipes.pairedit.pictures import describe_origin, settings_file, write_slide
-from recipes.pairedit.sampling import load_models, slide
+from recipes.pairedit.sampling import load_models, plan_schedules, slide
 from utils import flux
 from utils.parse import public_args, run_main, writable_folder, write_json
-from utils.restore import draw_noise, noise_levels
+from utils.restore import draw_noise
 
 
 def parse_args(argv=None):
@@ -23,37 +23,30 @@ def parse_args(argv=None):
     if args.objective == "real":
         raise ValueError("--python_name train_image_real trains a content LoRA, which recreates one image; edit that "
                          "by python -m recipes.pairedit.generate_real_image")
-    if args.use_trained_lora_path and not args.trained_lora_path:
-        raise ValueError("--use_trained_lora_path 1 needs --trained_lora_path")
     writable_folder(args.output_folder_gen, "--output_folder_gen")
     return args
 
 
 def main(args):
     # --- what to make, before any model loads
-    tasks = plan_tasks(args, check_images=False)
-    if args.use_trained_lora_path:  # one LoRA, whatever would be trained
-        tasks = list({task.dataset: task for task in tasks}.values())
-    files = [Path(args.trained_lora_path) if args.use_trained_lora_path else task.file(args, args.train_iteration)
-             for task in tasks]
+    tasks, files, names = zip(*choose_loras(plan_tasks(args, check_images=False), args), strict=True)
     settings = [adapters.read_settings(file, args) for file in files]
-    folders = [Path(args.output_folder_gen, task.dataset, file.stem if args.use_trained_lora_path else task.name(args),
-                    "origin") for task, file in zip(tasks, files, strict=True)]
+    folders = [Path(args.output_folder_gen, task.dataset, name, "origin")
+               for task, name in zip(tasks, names, strict=True)]
     origins = [describe_origin(args, stored, file) for stored, file in zip(settings, files, strict=True)]
     notes = [settings_file(folder, args.train_iteration, origin)
              for folder, origin in zip(folders, origins, strict=True)]
     seeds = choose_seeds(args)
     prompts = {task.dataset: choose_prompts(args, task.position, seeds) for task in tasks}
-    pipe, encoded, device, dtype = load_models(args, [prompt for group in prompts.values() for prompt in group],
+    schedules = plan_schedules(args, settings)
+    pipe, encoded, device, dtype = load_models(args, files, [prompt for group in prompts.values() for prompt in group],
                                                max(s["max_sequence_length"] for s in settings))
 
     # --- LoRA by LoRA
-    for task, file, stored, folder, origin, note in zip(tasks, files, settings, folders, origins, notes, strict=True):
+    for task, file, stored, sigmas, folder, origin, note in zip(tasks, files, settings, schedules, folders, origins,
+                                                                notes, strict=True):
         adapters.load(pipe, file, SEMANTIC)
-        side = stored["resolution"]
-        flux.check_sizes(pipe.vae, [(side, side)])
-        shape = flux.latent_shape(pipe.vae, side, side)
-        sigmas = noise_levels(pipe.vae, pipe.scheduler, stored["num_inference_steps"], side, side)
+        shape = flux.latent_shape(pipe.vae, stored["resolution"], stored["resolution"])
         writable_folder(folder, "--output_folder_gen")
         write_json(note, {
             "lora": file.name, "origin": origin, "seeds": seeds, "prompts": prompts[task.dataset],

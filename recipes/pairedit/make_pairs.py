@@ -8,8 +8,10 @@ chelsea of scikit-image, and china of scikit-learn."""
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 from my_dataset.dataset_deg_paired import by_stem
-from my_dataset.images import MIN_SIDE_PX, list_images, save_image
+from my_dataset.images import MIN_SIDE_PX, list_images, load_rgb, save_image
 from recipes.pairedit.edits import EDITS
 from recipes.pairedit.pairs import load_square
 from utils.parse import check_least, make_parser, run_main, writable_folder
@@ -41,12 +43,13 @@ def find_photographs(folder, count):
     return dict(list(photographs.items())[:count])
 
 
-def check_folder(folder, names):
-    """ValueError where a dataset's folder holds images that this command does not write: they would be trained on."""
-    wanted = {folder / side / f"{name}.png" for side in ("source", "target") for name in names}
+def check_folder(folder, images):
+    """ValueError where a dataset's folder holds images that this command would not write, which would be trained on, or
+    would write over. images: {path: (H, W, 3) uint8} that it writes."""
     there = [path for side in ("source", "target") if any((folder / side).glob("**/*.*"))
              for path in list_images(folder / side)]
-    if others := sorted(set(there) - wanted):
+    if others := sorted(path for path in there
+                        if path not in images or not np.array_equal(load_rgb(path), images[path])):
         raise ValueError(f"{others[0]} is not of this command ({len(others)} such images); take {folder} away, or give "
                          "another --output_folder")
 
@@ -54,16 +57,19 @@ def check_folder(folder, names):
 def main(args):
     photographs = find_photographs(args.images, args.count)
     output = writable_folder(args.output_folder, "--output_folder")
-    for name in args.edits:
-        check_folder(output / name, photographs)
-    images = {name: (load_square(path, args.resolution) + 1) / 2 for name, path in photographs.items()}
-    for edit in args.edits:
-        for name, source in images.items():
-            for side, image in (("source", source), ("target", EDITS[edit].apply(source))):
-                path = output / edit / side / f"{name}.png"
+    sources = {name: (load_square(path, args.resolution) + 1) / 2 for name, path in photographs.items()}
+    datasets = {edit: {output / edit / side / f"{name}.png": to_uint8(image[0] * 2 - 1)
+                       for name, source in sources.items()
+                       for side, image in (("source", source), ("target", EDITS[edit].apply(source)))}
+                for edit in args.edits}
+    for edit, images in datasets.items():
+        check_folder(output / edit, images)
+    for edit, images in datasets.items():
+        for path, image in images.items():
+            if not path.exists():  # what is there is the same: it may be the very photograph
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_image(path, to_uint8(image[0] * 2 - 1))
-        print(f"{len(images)} pairs: {output / edit}")
+                save_image(path, image)
+        print(f"{len(sources)} pairs: {output / edit}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from my_dataset.dataset_deg_paired import item_rng
 from recipes.pairedit.adapters import METHODS
 from recipes.pairedit.objectives import VARIANTS
-from recipes.pairedit.pairs import check_pairs, find_image, find_pairs
+from recipes.pairedit.pairs import check_pairs, find_image, find_pairs, fingerprint
 from utils import flux, placement, run
 from utils.lora import read_settings
 from utils.parse import check_least, make_parser, run_main
@@ -124,9 +124,6 @@ def parse_pairedit_args(description, argv=None):
         raise ValueError(f"--noise_scales {args.noise_scales}: give numbers above 0")
     if not 0 < args.start_sigma <= 1:
         raise ValueError(f"--start_sigma {args.start_sigma}: give more than 0, at most 1")
-    if not all(map(math.isfinite, (args.guidance_scale, args.semantic_cfg_scale))):
-        raise ValueError(f"--guidance_scale {args.guidance_scale}, --semantic_cfg_scale {args.semantic_cfg_scale}: "
-                         "give finite numbers")
     if args.max_sequence_length > 512:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length}: give 1 to 512")
     try:
@@ -257,10 +254,21 @@ def is_finished(task, args, settings):
     way than `settings` say: going on would mix them, or write over them."""
     for file in task.folder(args).glob("*.safetensors"):
         stored = (read_settings(file) or {}).get("slider", {})
+        stored = {"images": settings["images"]} | stored  # which early LoRA files do not state
         if differing := sorted(key for key in settings if stored.get(key) != settings[key]):
             raise ValueError(f"{file} was trained with other options ({', '.join(differing)}); restore these, or give "
                              "another --config_name or --output_folder")
     return task.file(args, args.train_iteration).exists()
+
+
+def resume(task, args, identity):
+    """run.resume of one task. ValueError where a new run would write over sliders of an earlier one."""
+    step, state = run.resume(args, identity)
+    sliders = sorted(task.folder(args).glob("*epoch.safetensors"))
+    if state is None and sliders:  # a content LoRA alone is of a run that was killed while it saved for the first time
+        raise ValueError(f"{sliders[0]} is of an earlier run without a sound checkpoint, and a new run would write "
+                         "over it; take the folder away, or give another --config_name or --output_folder")
+    return step, state
 
 
 def make_settings(args, task, prompts):
@@ -271,7 +279,7 @@ def make_settings(args, task, prompts):
              "gradient_accumulation_steps", "vae_encode_mode"]
     return {name: getattr(args, name) for name in names} | {
         "dataset": task.dataset, "noise_scale": task.noise_scale, "version": task.version, "prompts": list(prompts),
-        "prompt": prompts[0], "base_model": args.base_model_id}
+        "prompt": prompts[0], "base_model": args.base_model_id, "images": fingerprint(task.images)}
 
 
 def text_prompts(args, position):
@@ -281,6 +289,18 @@ def text_prompts(args, position):
         raise ValueError(f"--target_prompt, --positive_prompt and --negative_prompt: give one of each for each of the "
                          f"{len(args.datasets)} --datasets; there are {', '.join(str(len(p)) for p in lists)}")
     return tuple(prompts[position] for prompts in lists)
+
+
+def choose_loras(tasks, args):
+    """[(task, LoRA file, name of its folder of images)] of generation: what each task trains, or --trained_lora_path
+    once for all the tasks of the same images, whatever they would train. ValueError where it is not named."""
+    if not args.use_trained_lora_path:
+        return [(task, task.file(args, args.train_iteration), task.name(args)) for task in tasks]
+    if not args.trained_lora_path:
+        raise ValueError("--use_trained_lora_path 1 needs --trained_lora_path")
+    file = Path(args.trained_lora_path)
+    return [(task, file, f"{task.image_id}_{file.stem}" if task.image_id else file.stem)
+            for task in {(task.dataset, task.image_id): task for task in tasks}.values()]
 
 
 def choose_seeds(args):

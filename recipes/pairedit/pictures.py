@@ -15,11 +15,12 @@ PROMPT_BYTES = 80  # of a prompt in a file name
 
 
 def file_stem(text):
-    """A prompt as part of a file name, on any system; of two long ones that begin alike, not the same one."""
+    """A prompt as part of a file name, on any system: with _ for spaces, and where that is not all of it (punctuation,
+    a long prompt) with a checksum, so that no other prompt has the same name."""
     stem = re.sub(r"[^\w.-]+", "_", text).strip("_.")
-    if len(stem.encode()) <= PROMPT_BYTES:
+    if stem.replace("_", " ") == text and len(stem.encode()) <= PROMPT_BYTES:
         return stem
-    return f"{stem.encode()[:PROMPT_BYTES].decode(errors='ignore')}_{crc32(text.encode()):08x}"
+    return f"{stem.encode()[:PROMPT_BYTES].decode(errors='ignore')}_{crc32(text.encode()):08x}".lstrip("_")
 
 
 def describe_origin(args, stored, *loras):

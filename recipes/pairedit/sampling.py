@@ -2,16 +2,32 @@
 
 import torch
 
-from recipes.pairedit.adapters import activate
+from recipes.pairedit.adapters import activate, read
 from recipes.pairedit.objectives import CONTENT, SEMANTIC
 from utils import flux
+from utils.lora_files import weightless_transformer
+from utils.restore import noise_levels
 
 
-def load_models(args, prompts, max_sequence_length):
-    """(pipe, {prompt: TextEmbeds}, device, dtype) for sampling: bf16 on a GPU unless --mixed_precision is no."""
+def plan_schedules(args, settings):
+    """The noise levels of each of `settings` (adapters.read_settings). Only the VAE and the scheduler are read for it.
+    ValueError for a resolution that the model does not have."""
+    skip = (*flux.TEXT_PARTS, *flux.OPTIONAL_PARTS, "transformer")
+    pipe = flux.load_pipeline(args.pretrained_model_name_or_path, skip=skip, **flux.source(args))
+    flux.check_sizes(pipe.vae, [(stored["resolution"], stored["resolution"]) for stored in settings])
+    return [noise_levels(pipe.vae, pipe.scheduler, stored["num_inference_steps"], stored["resolution"],
+                         stored["resolution"]) for stored in settings]
+
+
+def load_models(args, files, prompts, max_sequence_length):
+    """(pipe, {prompt: TextEmbeds}, device, dtype) for sampling: bf16 on a GPU unless --mixed_precision is no.
+    ValueError, before anything is read, where one of the LoRA `files` does not fit the model."""
     device = torch.device(f"cuda:{args.device}" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and args.mixed_precision != "no" else torch.float32
     path, where = args.pretrained_model_name_or_path, flux.source(args)
+    model = weightless_transformer(path, **where)
+    for file in dict.fromkeys(files):
+        read(file, model)
     encoded = flux.encode_prompts(path, prompts, device, dtype, max_sequence_length, **where)
     bits = {"bnb_options": args.bnb_options, "base_precision": args.base_precision or "bf16"}
     return flux.load_models(path, device, dtype, **bits, **where), encoded, device, dtype

@@ -27,9 +27,10 @@ from recipes.pairedit.options import (
     make_settings,
     parse_pairedit_args,
     plan_tasks,
+    resume,
     text_prompts,
 )
-from recipes.pairedit.pairs import encode_images, fingerprint
+from recipes.pairedit.pairs import encode_images
 from recipes.pairedit.sampling import euler, predict
 from utils import flux, placement, run
 from utils.parse import run_main, writable_folder
@@ -94,19 +95,34 @@ def main(args):
     prompts = {task.dataset: text_prompts(args, task.position) if args.objective == "text" else [args.train_prompt]
                for task in tasks}
     every_prompt = [prompt for group in prompts.values() for prompt in group]
-
-    # --- models. Text first: T5-XXL is gone before the transformer arrives.
     accelerator, dtype = run.make_accelerator(args)
+    unfinished = []  # (task, settings)
+    for task in tasks:
+        settings = make_settings(args, task, prompts[task.dataset])
+        if is_finished(task, args, settings):
+            accelerator.print(f"{task.file(args, args.train_iteration)} is there already")
+        else:
+            unfinished.append((task, settings))
+    if not unfinished:
+        return accelerator.end_training()
     device, path, where = accelerator.device, args.pretrained_model_name_or_path, flux.source(args)
     names = adapters_of(args.objective)
     sizes = [(args.resolution, args.resolution)]
     lora_args = {"rank": args.rank * len(names), "lora_layers": ",".join(adapters.METHODS[args.train_method]),
                  "lora_dropout": 0.0, "use_dora": False, "use_ema": False}  # to the memory, one LoRA of all their ranks
     plan = placement.plan(argparse.Namespace(**vars(args) | lora_args), device, dtype, sizes, every_prompt)
+    runs = []  # (task, settings, identity, step, state)
+    for task, settings in unfinished:
+        args.output_dir = str(task.folder(args))
+        identity = settings | {"processes": accelerator.num_processes, "adam_epsilon": args.adam_epsilon,
+                               "base_precision": plan.base_precision, "use_8bit_adam": args.use_8bit_adam}
+        runs.append((task, settings, identity, *resume(task, args, identity)))
+
+    # --- models. Text first: T5-XXL is gone before the transformer arrives.
     encoded = flux.encode_prompts(path, every_prompt, device, dtype, args.max_sequence_length, **where)
     pipe = placement.load(path, args, plan, device, dtype, STOCK_SETTINGS, encoded[every_prompt[0]].pooled, **where)
     flux.check_sizes(pipe.vae, sizes)
-    posteriors = encode_images(pipe.vae, tasks, args.resolution, device)
+    posteriors = encode_images(pipe.vae, [task for task, *_ in runs], args.resolution, device)
     sigmas = noise_levels(pipe.vae, pipe.scheduler, args.num_inference_steps, *sizes[0])
     tokens = args.max_sequence_length + flux.image_tokens(pipe.vae, sizes)
     pipe.vae = None
@@ -118,20 +134,12 @@ def main(args):
 
     # --- one LoRA, or two, after the other
     stop = run.StopSignal(accelerator.num_processes)
-    for task, images in zip(tasks, posteriors, strict=True):
+    for (task, settings, identity, step, state), images in zip(runs, posteriors, strict=True):
         args.output_dir, args.noise_scale = str(task.folder(args)), task.noise_scale
-        settings = make_settings(args, task, prompts[task.dataset])
-        if is_finished(task, args, settings):
-            accelerator.print(f"{task.file(args, args.train_iteration)} is there already")
-            continue
-        identity = settings | {"images": fingerprint(task.images), "processes": accelerator.num_processes,
-                               "adam_epsilon": args.adam_epsilon,
-                               "base_precision": plan.base_precision, "use_8bit_adam": args.use_8bit_adam}
         adapters.reset(pipe.transformer, names, args.train_method,
                        [item_seed(args.seed, task.version, i, IDENTITY_STREAM) for i in range(len(names))])
         optimizer = run.make_optimizer(parameters, args, accelerator.num_processes)
         lr_scheduler = run.make_lr_scheduler(optimizer, args)
-        step, state = run.resume(args, identity)
         models = dict.fromkeys(names, pipe.transformer)
         if state:
             run.load_state(state, models, optimizer, lr_scheduler, ema=None)

@@ -23,8 +23,11 @@ def parse_args(argv=None):
 
 
 def main(args):
+    backbone = metrics.find_backbone(args.lpips_backbone)
+    if not backbone.is_file():
+        raise ValueError(f"LPIPS needs torchvision's AlexNet: put it at {backbone}, or name it by --lpips_backbone")
     items = find_items(args.im_path)
-    lpips = metrics.lpips_model(args.lpips_backbone)
+    lpips = metrics.lpips_model(backbone)
     rows = []
     for item, paths in items.items():
         distances = lpips_to_first(lpips, [load_rgb(path) for path in (paths[0], *paths.values())], SIDE_PX)[1:]
