@@ -2,6 +2,7 @@
 stock diffusers reads, sampling, the commands."""
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from my_dataset.dataset_deg_paired import folder_records, to_tensor
@@ -497,21 +498,54 @@ def test_a_photograph_keeps_its_contrast_in_the_hint_network_of_every_depth(pipe
             assert layers(hint).abs().max() == 0
 
 
-def test_a_hint_network_fits_the_autoencoder_and_another_models_controlnet_is_refused(pipe, sd15_shaped, tmp_path):
+@pytest.fixture
+def no_weights(monkeypatch):
+    """What runs under this is told before the base model loads."""
+    monkeypatch.setattr(library, "load_base", lambda path: pytest.fail("the base model was loaded"))
+
+
+def test_a_hint_network_fits_the_autoencoder(pipe, sd15_shaped):
     for each, channels in ((pipe, (16, 32, 96)), (sd15_shaped, (16, 32, 96, 256))):
         assert library.make_controlnet(each).config.conditioning_embedding_out_channels == channels
+
+
+def test_the_configs_alone_tell_what_the_loaded_base_model_does(base, pipe, sd15_shaped):
+    sd15 = library.read_base("assets/tiny-sd")
+    assert vars(sd15.scheduler.config)["num_train_timesteps"] == 1000 and not hasattr(sd15.unet, "parameters")
+    read = library.read_base(str(base))
+    assert library.size_multiple(read) == library.size_multiple(pipe) == 8 != library.size_multiple(sd15_shaped)
+    assert library.hint_channels(read.vae) == library.hint_channels(pipe.vae)
+
+
+def test_another_models_controlnet_is_refused_by_its_config_under_the_flag_that_named_it(
+        base, pipe, sd15_shaped, words, tmp_path, no_weights):
     library.make_controlnet(sd15_shaped).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="--controlnet_model_name_or_path .*other: its block_out_channels is"):
-        library.make_controlnet(pipe, tmp_path / "other")
     ControlNetModel.from_unet(pipe.unet).save_pretrained(tmp_path / "hint")
-    with pytest.raises(ValueError, match="its hint network makes images 8 times smaller.*autoencoder 4 times"):
-        library.make_controlnet(pipe, tmp_path / "hint")
     library.make_controlnet(make_pipe(layers=2)).save_pretrained(tmp_path / "deeper")
-    with pytest.raises(ValueError, match="deeper: its layers_per_block is 2, the base model's 1"):
-        library.make_controlnet(pipe, tmp_path / "deeper")
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    for name, content in (("list", "[1]"), ("torn", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no config.json there"):
-        library.make_controlnet(pipe, tmp_path / "empty")
+    (tmp_path / "trained" / "controlnet").mkdir(parents=True)
+    for name, line in (
+            ("other", "other: its block_out_channels is"),
+            ("hint", "hint: its hint network makes images 8 times smaller.*autoencoder 4 times"),
+            ("deeper", "deeper: its layers_per_block is 2, the base model's 1"),
+            ("unet", "unet: its config.json is not that of a ControlNetModel"),
+            ("list", "list: its config.json is not that of a ControlNetModel"),
+            ("empty", "empty: no config.json there"),
+            ("nosuch", "nosuch: no such file or folder"),
+            ("nosuch.ckpt", "nosuch.ckpt: no such file or folder")):
+        source = str(tmp_path / name)
+        with pytest.raises(ValueError, match=f"^--controlnet_model_name_or_path {tmp_path}/{line}"):
+            train(words(controlnet_model_name_or_path=source))
+        with pytest.raises(ValueError, match=f"^--model {tmp_path}/{line}"):
+            deblur.DeblurControlNet.load_from_checkpoint(source, str(base))
+    with pytest.raises(ValueError, match="torn.*not a valid JSON"):
+        train(words(controlnet_model_name_or_path=tmp_path / "torn"))
+    with pytest.raises(ValueError, match=f"^--model {tmp_path}/trained/controlnet: no config.json there"):
+        deblur.DeblurControlNet.load_from_checkpoint(str(tmp_path / "trained"), str(base))
 
 
 def legacy_names(controlnet):
@@ -562,7 +596,7 @@ def save_and_reload(pipe, model, folder, **settings):
     settings = library.DEFAULT_SETTINGS | {"image_size": SIDE} | settings
     checkpoint.write_folder(folder / "controlnet", lambda path: library.write_model(path, model, settings))
     fresh = copy.deepcopy(pipe)
-    return deblur.DeblurControlNet(fresh, *library.load_model(fresh, folder)), folder / "controlnet"
+    return deblur.DeblurControlNet(fresh, *library.load_model(fresh, folder / "controlnet")), folder / "controlnet"
 
 
 @pytest.mark.parametrize("options", [{}, {"only_mid_control": True}, {"use_attention": True, "sd_locked": False}],
@@ -633,7 +667,7 @@ def test_a_broken_file_of_a_saved_model_is_named(pipe, name, content, line, tmp_
     _, folder = save_and_reload(pipe, model, tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}: {line}"):
-        library.load_model(pipe, tmp_path)
+        library.load_model(pipe, folder)
 
 
 def test_strength_starts_at_its_timestep_and_always_takes_the_asked_steps(loaded):
@@ -684,6 +718,12 @@ def test_python_use_is_that_of_the_training_document(ours):
     blurred = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     result = ours.sample(cond={"c_concat": [blurred], "c_crossattn": ["a clear image"]}, batch_size=2, ddim_steps=3)
     assert result.shape == blurred.shape and result.abs().max() <= 1
+    for bad, line in (({"ddim_steps": 0}, "--num_inference_steps 0: give 1 or more"),
+                      ({"ddim_steps": -1}, "--num_inference_steps -1: give 1 or more"),
+                      ({"strength": 0.0}, "--strength 0.0: give more than 0, at most 1"),
+                      ({"strength": 1.5}, "--strength 1.5: give more than 0, at most 1")):
+        with pytest.raises(ValueError, match=line):
+            ours.sample(cond={"c_concat": [blurred[1:]], "c_crossattn": ["a clear image"]}, **bad)
     again = ours.sample(cond={"c_concat": [blurred[1:]], "c_crossattn": [["a clear image"]]}, ddim_steps=3, seed=1)
     assert torch.equal(again[0], result[1])
     text = ours.embed(["a clear image", ""])
@@ -916,12 +956,15 @@ def test_gpus_and_precision_name_accelerate_launch(words, capsys):
     ({"gradient_loss_weight": "nan"}, "--gradient_loss_weight nan: give 0 or more"),
     ({"deblur_every": 0}, "--deblur_every 0: give 1 or more"),
     ({"decode_crop": 8}, "--decode_crop 8: give 0 or at least 16 latents"),
-    ({"t_min": 5, "t_max": 5}, "--t_min 5 must be below --t_max 5"),
+    ({"image_size": 68}, "--image_size 68: this model needs a multiple of 8"),
+    ({"t_min": 5, "t_max": 5}, "--t_min 5: must be below the end of the trained timesteps, 5"),
     ({"t_min": 400, "num_inference_steps": 4}, "--num_inference_steps 4 within --strength 1 end at timestep 249"),
-    ({"t_min": 1000}, "--t_min 1000 must be below --t_max 1000"),
+    ({"t_min": 1000}, "--t_min 1000: must be below the end of the trained timesteps, 1000"),
     ({"t_min": 5, "deblur_t_max": 5}, "--deblur_t_max 5 must be above --t_min 5"),
-    ({"t_max": 1001}, "--t_max 1001 of 1000 timesteps"),
-    ({"t_max": 400, "strength": 0.5}, "--t_max 400 of 1000 timesteps with --strength 0.5"),
+    ({"t_max": 2000}, "^--t_max 2000: the base model has 1000 timesteps; lower it$"),
+    ({"t_max": 400, "strength": 0.5}, "--strength 0.5: sampling would begin beyond --t_max 400 of 1000 timesteps"),
+    ({"num_inference_steps": 5000}, "--num_inference_steps 5000 within --strength 1.*only 1000 timesteps"),
+    ({"num_inference_steps": 0}, "--num_inference_steps 0: give 1 or more"),
     ({"strength": 0}, "--strength 0.0: give more than 0, at most 1"),
     ({"strength": 0.01, "num_inference_steps": 50}, "--num_inference_steps 50 within --strength 0.01"),
     ({"simple_loss_weight": 0, "deblur_loss_weight": 0}, "are all 0; raise one"),
@@ -932,10 +975,13 @@ def test_gpus_and_precision_name_accelerate_launch(words, capsys):
      "--perceptual_loss_weight 0.1 needs vgg16-397923af.pth .*--perceptual_weights, or give weight 0"),
     ({"optimizer": "schedule_free"}, "--optimizer schedule_free replaces the schedule"),
     ({"controlnet_model_name_or_path": "assets/tiny-sd"}, "assets/tiny-sd: no config.json there"),
+    ({"controlnet_model_name_or_path": "/no/such"}, "^--controlnet_model_name_or_path /no/such: no such file or f"),
+    ({"controlnet_model_name_or_path": "~/x"}, "^--controlnet_model_name_or_path ~/x: no such file or folder"),
     ({"proportion_empty_prompts": 2}, "--proportion_empty_prompts '2': must lie between"),
     ({"resume_from_checkpoint": "checkpoint-9"}, "--resume_from_checkpoint checkpoint-9: manifest.json is missing"),
 ], ids=str)
-def test_bad_input_is_one_line_that_names_the_flag(words, given, line, monkeypatch):
+def test_bad_input_is_one_line_that_names_the_flag_before_the_base_model_loads(words, given, line, monkeypatch,
+                                                                               no_weights):
     monkeypatch.chdir(PROJECT_ROOT)
     with pytest.raises((ValueError, OSError), match=line) as error:
         train(words(**given))
@@ -952,6 +998,17 @@ def test_training_images_may_not_be_held_out_and_nothing_is_written_over(words, 
         train(words(max_train_steps=2, use_attention=True, resume_from_checkpoint="latest"))
     with pytest.raises(ValueError, match=r"differs in adam_weight_decay .*, learning_rate \(was 0.001, now 1e-05\)"):
         train(words(learning_rate=1e-5, adam_weight_decay=0, resume_from_checkpoint="latest"))
+    for name in ("sharp", "moved"):
+        shutil.copytree(images / "sharp", tmp_path / name)
+    replaced = tmp_path / "sharp" / "0.png"
+    Image.fromarray(photograph("chelsea", (40, 40))).save(replaced)
+    with pytest.raises(ValueError, match=r"differs in images \(was "):
+        train(words(max_train_steps=2, source_dir=tmp_path / "sharp", resume_from_checkpoint="latest"))
+    shutil.copy(images / "sharp" / "0.png", replaced)
+    replaced.rename(replaced.with_name("00.png"))
+    with pytest.raises(ValueError, match=r"differs in images \(was "):
+        train(words(max_train_steps=2, source_dir=tmp_path / "sharp", resume_from_checkpoint="latest"))
+    train(words(source_dir=tmp_path / "moved", max_train_steps=1, resume_from_checkpoint="latest"))
     shutil.rmtree(tmp_path / "out" / "checkpoint-1")
     for given in ({}, {"resume_from_checkpoint": "latest"}):
         with pytest.raises(ValueError, match="holds a finished controlnet and no sound checkpoint"):
@@ -1004,14 +1061,43 @@ def test_the_command_deblurs_a_folder_with_its_structure_and_skips_what_is_done(
     assert "2 deblurred, 0 already there" in run("--prompt", "sharp")[1]
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", library.ATTENTION_FILE, library.DECODER_FILE])
+def test_a_model_trained_anew_in_the_same_folder_makes_its_images_anew(pipe, base, images, tmp_path, capsys, name):
+    model = make_model(copy.deepcopy(pipe), use_attention=True, sd_locked=False)
+    _, folder = save_and_reload(pipe, model, tmp_path, num_inference_steps=1)
+
+    def run():
+        deblur.main(deblur.parse_args([
+            "--model", str(tmp_path), "--pretrained_model_name_or_path", str(base), "--input",
+            str(images / "heldout"), "--output", str(tmp_path / "made"), "--device", "cpu"]))
+        return capsys.readouterr().out
+
+    assert "2 deblurred" in run() and "0 deblurred, 2 already there" in run()
+    save_file({key: value + 0.01 for key, value in load_file(folder / name).items()}, folder / name)
+    assert "2 deblurred, 0 already there" in run()
+    assert "0 deblurred, 2 already there" in run()
+
+
+def test_the_weights_of_a_legacy_file_are_its_hash_and_a_hub_id_has_none(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"weights")
+    assert library.hash_weights(path) == {"last.ckpt": hashlib.sha256(b"weights").hexdigest()}
+    assert library.hash_weights("someone/controlnet") == {}
+
+
 @pytest.mark.parametrize(("given", "line"), [
     (["--strength", "2"], "--strength 2.0: give more than 0, at most 1"),
     (["--tile", "64", "--tile_overlap", "40"], "--tile_overlap 40: give 0 to half of --tile 64"),
     (["--num_inference_steps", "0"], "--num_inference_steps 0: give 1 or more"),
     (["--num_inference_steps", "1001"], "--num_inference_steps 1001 within --strength 1"),
-    (["--model", "./nowhere"], "nowhere"),
+    (["--strength", "0"], "--strength 0.0: give more than 0, at most 1"),
+    (["--model", "./nowhere"], r"^--model \./nowhere: no such file or folder"),
+    (["--model", "/nosuch"], "^--model /nosuch: no such file or folder"),
+    (["--model", "assets/tiny-sd"], "^--model assets/tiny-sd: no config.json there"),
 ], ids=str)
-def test_bad_input_of_the_command_is_one_line(trained, base, images, tmp_path, given, line):
+def test_bad_input_of_the_command_is_one_line_before_the_base_model_loads(trained, base, images, tmp_path, given, line,
+                                                                          monkeypatch, no_weights):
+    monkeypatch.chdir(PROJECT_ROOT)
     with pytest.raises((ValueError, OSError), match=line):
         deblur.main(deblur.parse_args([
             "--model", str(trained), "--pretrained_model_name_or_path", str(base), "--input",

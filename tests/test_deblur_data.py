@@ -406,6 +406,43 @@ def test_other_sources_fewer_samples_and_foreign_folders_are_refused(folder, tmp
         make(folder, folder / "out")
 
 
+@pytest.mark.parametrize("name", ["clear_images/clear_000000.png", "blur_images/mine.png", "blur_types.json",
+                                  "blur_types_val.json"])
+def test_files_that_were_not_made_here_are_never_written_over(folder, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=f"--output_dir .*out has {name} but no dataset.json, so that was not made h"):
+        make(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == {name: b"mine"}
+
+
+LINE = {"clear_image": "clear_000001.png", "blur_image": "blur_000001.png", "blur_type": "lens_blur", "params": {}}
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("dataset.json", '{"image', "dataset.json: not JSON"),
+    ("dataset.json", "[1]", "dataset.json: no JSON object"),
+    ("dataset.json", "{}", "another --image_size"),
+    ("dataset.json", "\udcff", "dataset.json: not JSON"),
+    *(("blur_types.json", line, "blur_types.json, line 1: not made here") for line in (
+        "[1]", "1", "{}", *(json.dumps(LINE | changed) for changed in (
+            {"clear_image": "holiday.png"}, {"clear_image": 3}, {"blur_image": "blur_000002.png"},
+            {"blur_type": ["x"]}, {"params": []})))),
+    ("blur_types_val.json", f"{json.dumps(LINE)}\n\n[1]", "blur_types_val.json, line 3: not made here"),
+])
+def test_a_damaged_dataset_is_one_line_that_names_file_and_line_and_stays(folder, tmp_path, capsys, file, content,
+                                                                         message):
+    make(folder, tmp_path / "out", samples=2)
+    (tmp_path / "out" / file).write_text(content, errors="surrogateescape")
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: make(folder, tmp_path / "out", samples=2))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert contents(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--validation_fraction", 1), "--validation_fraction 1"),
     (("--validation_fraction", 0.05), "not one pair"),
@@ -597,6 +634,23 @@ def test_the_lines_of_the_seed_are_read_without_further_keys(stored):
 
 
 # Options
+
+
+def test_a_fingerprint_knows_names_sizes_and_blur_types_and_not_where_they_lie(stored, tmp_path):
+    def fingerprint(root):
+        return deblur.fingerprint(deblur.read_pairs(root), root)
+
+    before = fingerprint(stored)
+    moved = shutil.copytree(stored, tmp_path / "moved")
+    assert fingerprint(moved) == before
+    for change in (lambda text: text.replace(json.loads(text.splitlines()[0])["blur_type"], "lens_blur", 1),
+                   lambda text: "\n".join(text.splitlines()[::-1])):
+        (moved / deblur.JSON_FILE).write_text(change((stored / deblur.JSON_FILE).read_text()))
+        assert fingerprint(moved) != before
+    shutil.copy(stored / deblur.JSON_FILE, moved)
+    with open(moved / deblur.BLUR_FOLDER / "blur_000000.png", "ab") as stream:
+        stream.write(b"x")
+    assert fingerprint(moved) != before
 
 
 def from_flags(*flags, seed=0):

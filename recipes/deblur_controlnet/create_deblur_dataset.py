@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -40,10 +41,12 @@ from recipes.deblur_controlnet.deblur_dataset import (
     JSON_FILE,
     add_blur_args,
     check_side,
+    fingerprint,
     parse_type_weights,
     random_blur,
+    read_json,
 )
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
 
 VALIDATION_FILE, SETTINGS_FILE = "blur_types_val.json", "dataset.json"
@@ -144,38 +147,55 @@ class SampleMaker(Dataset):
 
 
 def check_settings(args, sources):
-    """Write what the samples depend on to SETTINGS_FILE; ValueError if those that are there were made otherwise."""
-    listing = [[record.target.relative_to(args.source_dir).as_posix(), record.target.stat().st_size]
-               for record in sources]
+    """Write what the samples depend on to SETTINGS_FILE; ValueError if those that are there were made otherwise, or if
+    images are there that this program did not make."""
     names = ("image_size", "seed", "type_weights", "linear_light", "validation_fraction", "upscale_small")
     settings = {name: getattr(args, name) for name in names}
-    settings["source_dir"] = hashlib.blake2b(json.dumps(listing).encode(), digest_size=16).hexdigest()
+    settings["source_dir"] = fingerprint(sources, args.source_dir)
     folder, path = Path(args.output_dir), Path(args.output_dir, SETTINGS_FILE)
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not earlier and (folder / JSON_FILE).exists():
-        raise ValueError(f"--output_dir {folder} has a {JSON_FILE} but no {SETTINGS_FILE}, so it was not made here; "
-                         "name another folder")
+    if path.exists():
+        earlier = read_json(path)
+    else:
+        earlier = settings
+        foreign = [folder / name for name in (JSON_FILE, VALIDATION_FILE) if (folder / name).exists()]
+        for name in (CLEAR_FOLDER, BLUR_FOLDER):
+            foreign += (folder / name).iterdir() if (folder / name).exists() else []
+        if foreign:
+            raise ValueError(f"--output_dir {folder} has {foreign[0].relative_to(folder)} but no {SETTINGS_FILE}, so "
+                             "that was not made here; name another folder")
     for name, value in settings.items():
-        if earlier and earlier.get(name) != value:
+        if earlier.get(name) != value:
             raise ValueError(f"--output_dir {folder}: its samples were made with another --{name} "
                              + ("content" if name == "source_dir" else f"({earlier.get(name)!r}, not {value!r})")
                              + "; repeat that, or name another folder")
     write_json(path, settings)
 
 
+def sample_index(row):
+    """Which sample's JSON line `row` is, or None if it is none that SampleMaker writes."""
+    if not isinstance(row, dict) or row.get("blur_type") not in BLUR_TYPES or not isinstance(row.get("params"), dict):
+        return None
+    name = re.fullmatch(r"clear_(\d{6,})\.png", str(row.get("clear_image")))
+    return int(name[1]) if name and row.get("blur_image") == f"blur_{name[1]}.png" else None
+
+
 def finished_lines(folder):
-    """{index: JSON line} of the samples whose line and files are complete; a line that an interruption tore is none."""
+    """{index: JSON line} of the samples whose line and files are complete; a line that an interruption tore is none.
+    ValueError naming file and line for a whole one that this program did not write."""
     lines = {}
     for file in (JSON_FILE, VALIDATION_FILE):
         path = folder / file
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for number, line in enumerate(text.splitlines(), start=1):
             try:
                 row = json.loads(line)
             except ValueError:  # its sample is made again
                 continue
+            if (index := sample_index(row)) is None:
+                raise ValueError(f"{path}, line {number}: not made here; remove it, or name another --output_dir")
             files = folder / CLEAR_FOLDER / row["clear_image"], folder / BLUR_FOLDER / row["blur_image"]
             if all(file.is_file() for file in files):
-                lines[int(files[0].stem.removeprefix("clear_"))] = line
+                lines[index] = line
     return lines
 
 
@@ -213,7 +233,7 @@ def main(args):
                          "run; name another folder")
     sources, failures = find_sources(args)
     maker = SampleMaker(split_sources(sources, args.validation_fraction, args.seed), args)
-    writable_folder(folder, "--output_dir")
+    check_report(writable_folder(folder, "--output_dir"))
     check_settings(args, sources)
     for name in (CLEAR_FOLDER, BLUR_FOLDER):
         (folder / name).mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from recipes.deblur_controlnet.deblur_dataset import BLUR_TYPES, prompts
 from utils import flux
 from utils.checkpoint import sha256
 from utils.color import COLOR_FIXES, color_fix
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, run_main, writable_folder, write_json
 from utils.restore import draw_noise, pad_to_multiple
 from utils.session import add_device_args, choose_device, out_of_memory_explained
@@ -59,18 +59,29 @@ def add_sampling_args(parser):
 
 def check_sampling_args(args):
     """ValueError naming the flag, before a model loads."""
-    check_least(args, num_inference_steps=1, guidance_scale=0, controlnet_conditioning_scale=0, tile=0, seed=0,
-                tile_overlap=0, max_pixels=1)
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise ValueError(f"--strength {args.strength}: give more than 0, at most 1")
+    check_least(args, guidance_scale=0, controlnet_conditioning_scale=0, tile=0, seed=0, tile_overlap=0, max_pixels=1)
+    deblur.check_sampling(args.num_inference_steps, args.strength)
     if args.tile and (args.tile_overlap or 0) > args.tile // 2:
         raise ValueError(f"--tile_overlap {args.tile_overlap}: give 0 to half of --tile {args.tile}")
     deblur.check_base(args.pretrained_model_name_or_path)
+    deblur.check_source(deblur.find_model(args.model), "--model")
 
 
 def sampled(args):
     """What args say of SAMPLED; None where they say nothing."""
     return {name: getattr(args, name) for name in SAMPLED}
+
+
+def choose(settings, scheduler, **given):
+    """`settings`, as stored beside a ControlNet, over them what is given and not None. ValueError where sampling would
+    begin, or end, at noise that was never trained."""
+    chosen = settings | {name: value for name, value in given.items() if value is not None}
+    deblur.check_sampling(chosen["num_inference_steps"], chosen["strength"])
+    highest = settings["t_max"] / scheduler.config.num_train_timesteps
+    if chosen["strength"] > highest:
+        raise ValueError(f"--strength {chosen['strength']:g}: this ControlNet was trained up to {highest:g}; give less")
+    deblur.sampling_timesteps(scheduler, chosen["num_inference_steps"], chosen["strength"], settings["t_min"])
+    return chosen
 
 
 def parse_args(argv=None):
@@ -98,8 +109,10 @@ class DeblurControlNet:
     @classmethod
     def load_from_checkpoint(cls, path, base_model=deblur.BASE_MODEL, device="cpu", dtype=torch.float32):
         """path: as --model. dtype: fp32, or bf16 on a GPU; the autoencoder stays fp32."""
+        source = deblur.find_model(path)
+        deblur.check_controlnet(deblur.read_base(base_model), source, "--model")
         pipe = deblur.load_base(base_model)
-        model, settings = deblur.load_model(pipe, path, dtype)
+        model, settings = deblur.load_model(pipe, source, dtype)
         if settings["base_model"] not in (None, flux.model_id(base_model)):
             print(f"warning: {path} was trained on {settings['base_model']}, and the model is {base_model}",
                   file=sys.stderr)
@@ -121,16 +134,8 @@ class DeblurControlNet:
         return torch.stack([self.embedded[prompt] for prompt in prompts])
 
     def choose(self, **given):
-        """The settings, over them what is given and not None. ValueError where sampling would begin, or end, at noise
-        that was never trained."""
-        settings = self.settings | {name: value for name, value in given.items() if value is not None}
-        highest = self.settings["t_max"] / self.pipe.scheduler.config.num_train_timesteps
-        if settings["strength"] > highest:
-            raise ValueError(f"--strength {settings['strength']:g}: this ControlNet was trained up to {highest:g}; "
-                             "give less")
-        deblur.sampling_timesteps(self.pipe.scheduler, settings["num_inference_steps"], settings["strength"],
-                                  self.settings["t_min"])
-        return settings
+        """`choose` for this model."""
+        return choose(self.settings, self.pipe.scheduler, **given)
 
     def sample(self, cond, batch_size=1, ddim_steps=None, guidance_scale=None, strength=None, seed=0):
         """Deblurred images (B, 3, H, W) in [-1, 1]. cond: "c_concat": [blurred images (B, 3, H, W) in [0, 1]],
@@ -179,13 +184,13 @@ def load(args, settings=None):
     device, dtype = choose_device(args)
     if settings:
         return DeblurControlNet.base_alone(args.pretrained_model_name_or_path, settings, device, dtype)
-    model = DeblurControlNet.load_from_checkpoint(args.model, args.pretrained_model_name_or_path, device, dtype)
-    model.choose(**sampled(args))
-    return model
+    choose(deblur.read_settings(deblur.find_model(args.model)),
+           deblur.read_base(args.pretrained_model_name_or_path).scheduler, **sampled(args))
+    return DeblurControlNet.load_from_checkpoint(args.model, args.pretrained_model_name_or_path, device, dtype)
 
 
 def main(args):
-    writable_folder(args.output, "--output")
+    check_report(writable_folder(args.output, "--output"))
     plan = plan_outputs(args.input, args.output)
     check_ours(plan)
     model = load(args)
@@ -195,6 +200,7 @@ def main(args):
     run = {name: getattr(args, name) for name in (
         "model", "pretrained_model_name_or_path", "controlnet_conditioning_scale", "negative_prompt", "color_fix",
         "tile", "tile_overlap", "seed", "dtype")} | {"prompt": prompt} | model.choose(**sampled(args))
+    run["weights"] = deblur.hash_weights(deblur.find_model(args.model))  # a training may write the folder anew
     run_deblur, failures, skipped = model.from_args(args), [], 0
     for path, _, output in tqdm(plan, unit="image", disable=None):
         try:

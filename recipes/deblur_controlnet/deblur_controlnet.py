@@ -9,18 +9,26 @@ z^_0 blows up at large t; abar_t, the share of signal in z_t, weighs that down. 
 the gradient runs through the frozen decoder and UNet back to the ControlNet."""
 
 import itertools
-import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+from recipes.deblur_controlnet.deblur_dataset import read_json
 from utils import flux
+from utils.checkpoint import sha256
 from utils.losses import VGGLoss, inner_box
 from utils.parse import write_json
 
@@ -120,23 +128,17 @@ class ControlledUNet(torch.nn.Module):
         return self.predict(z, t, text, self.attend(hint))
 
 
-def read_json(path):
-    """The object in a file; ValueError naming the file where it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: no JSON object; restore it")
-    return content
-
-
 def read_tensors(path):
     """{name: tensor} of a file; ValueError naming the file where it is torn."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: no whole safetensors file ({error}); restore it") from error
+
+
+def is_hub_id(path):
+    """Whether `path`, where no file or folder is, may be a name on the hub."""
+    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
 
 
 def check_base(path):
@@ -147,8 +149,19 @@ def check_base(path):
         if not index.is_file() or "unet" not in read_json(index):
             raise ValueError(f"{flag}: no model_index.json with a unet there; name the folder of a "
                              "StableDiffusionPipeline")
-    elif str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+    elif not is_hub_id(path):
         raise ValueError(f"{flag}: no such folder; download {BASE_MODEL} and name its folder, or use assets/tiny-sd")
+
+
+def read_base(path):
+    """The pipeline of `load_base` as its JSON files tell it: `vae`, `unet` and `scheduler` have a `config` and nothing
+    else, which is enough to check what is asked of them before any weights load."""
+    check_base(path)
+    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "scheduler": DDIMScheduler}
+    with flux.fetching(path):
+        configs = {name: part.load_config(path, subfolder=name) for name, part in parts.items()}
+    return SimpleNamespace(**{name: SimpleNamespace(config=SimpleNamespace(**config))
+                              for name, config in configs.items()})
 
 
 def load_base(path):
@@ -175,7 +188,8 @@ def encode_text(pipe, prompts):
 
 
 def size_multiple(pipe):
-    """Image sides must be multiples of this many pixels (64 for SD 1.5): whole latents at the UNet's lowest level."""
+    """Image sides must be multiples of this many pixels (64 for SD 1.5): whole latents at the UNet's lowest level.
+    pipe: also that of `read_base`."""
     return flux.latent_scale(pipe.vae) * 2 ** (len(pipe.unet.config.down_block_types) - 1)
 
 
@@ -194,12 +208,42 @@ def hint_channels(vae):
     return (HINT_CHANNELS + HINT_CHANNELS[-1:] * levels)[:levels]
 
 
-def make_controlnet(pipe, source=None):
+def check_source(source, flag):
+    """Fail before anything is fetched if no ControlNet can be in `source`, a file, folder or hub id. ValueError names
+    `flag`, which gave it."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{flag} {source}: no config.json there; name the folder of a ControlNetModel")
+    if not Path(source).exists() and not is_hub_id(source):
+        raise ValueError(f"{flag} {source}: no such file or folder; name one with a trained ControlNet")
+
+
+def check_controlnet(base, source, flag):
+    """Fail before any weights load if the ControlNet in `source`, a folder or hub id of diffusers, belongs to another
+    model than `base`, that of `read_base`. Of a .ckpt or .safetensors file of the original implementation the weights
+    alone tell that. ValueError names `flag`."""
+    check_source(source, flag)
+    if Path(source).is_file():
+        return
+    with flux.fetching(source):
+        config = ControlNetModel.load_config(source)
+    if not isinstance(config, dict) or config.get("_class_name") != "ControlNetModel":
+        raise ValueError(f"{flag} {source}: its config.json is not that of a ControlNetModel; name another")
+    for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        own, value = config.get(name), getattr(base.unet.config, name)
+        if own != value:
+            raise ValueError(f"{flag} {source}: its {name} is {own}, the base model's {value}; it belongs to another "
+                             "model")
+    levels = len(config.get("conditioning_embedding_out_channels", HINT_CHANNELS))
+    if levels != len(hint_channels(base.vae)):
+        raise ValueError(f"{flag} {source}: its hint network makes images {2 ** (levels - 1)} times smaller, the base "
+                         f"model's autoencoder {flux.latent_scale(base.vae)} times; it belongs to another model")
+
+
+def make_controlnet(pipe, source=None, flag="--controlnet_model_name_or_path"):
     """A ControlNet for `pipe`, fp32: a copy of its UNet's encoder with zero convolutions (Zhang et al. 2023), its hint
-    network drawn by `draw_hint_network`; or the one in `source`, a folder or hub id of diffusers, or a .ckpt or
-    .safetensors file of the original implementation. ValueError where that does not fit."""
+    network drawn by `draw_hint_network`; or the one in `source`, which `check_controlnet` has let pass. flag: as
+    there."""
     channels = hint_channels(pipe.vae)
-    flag = f"--controlnet_model_name_or_path {source}"
     if source is None:
         controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)
         draw_hint_network(controlnet.controlnet_cond_embedding)
@@ -212,25 +256,11 @@ def make_controlnet(pipe, source=None):
             try:
                 return ControlNetModel.from_single_file(str(source), config=folder, low_cpu_mem_usage=False)
             except (OSError, ValueError, RuntimeError, AttributeError) as error:  # of diffusers, all kinds
-                raise ValueError(f"{flag}: no ControlNet for this base model ({str(error).partition(chr(10))[0]}); "
-                                 "name one of the original implementation, or a folder of diffusers") from error
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{flag}: no config.json there; name the folder of a ControlNetModel")
+                raise ValueError(f"{flag} {source}: no ControlNet for this base model "
+                                 f"({str(error).partition(chr(10))[0]}); name one of the original implementation, or "
+                                 "a folder of diffusers") from error
     with flux.fetching(source):
-        controlnet = ControlNetModel.from_pretrained(source)
-    wanted = {"in_channels": pipe.unet.config.in_channels,
-              "block_out_channels": list(pipe.unet.config.block_out_channels),
-              "layers_per_block": pipe.unet.config.layers_per_block,
-              "cross_attention_dim": pipe.unet.config.cross_attention_dim}
-    for name, value in wanted.items():
-        own = controlnet.config[name]
-        if (list(own) if isinstance(own, (tuple, list)) else own) != value:
-            raise ValueError(f"{flag}: its {name} is {own}, the base model's {value}; it belongs to another model")
-    if len(controlnet.config.conditioning_embedding_out_channels) != len(channels):
-        raise ValueError(f"{flag}: its hint network makes images "
-                         f"{2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)} times smaller, the "
-                         f"base model's autoencoder {flux.latent_scale(pipe.vae)} times; it belongs to another model")
-    return controlnet
+        return ControlNetModel.from_pretrained(source)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -262,14 +292,32 @@ def load_parts(unet, folder):
     return attention
 
 
+def find_model(path):
+    """What --model names, as text: of a training's --output_dir its ControlNet's folder, anything else as it is."""
+    folder = Path(path) / MODEL_FOLDER
+    return str(folder if folder.is_dir() else path)
+
+
+def read_settings(source):
+    """DEFAULT_SETTINGS, over them those beside the ControlNet in `source`."""
+    file = Path(source) / SETTINGS_FILE
+    return DEFAULT_SETTINGS | (read_json(file) if file.is_file() else {})
+
+
+def hash_weights(source):
+    """{file name: sha256} of all weights that `load_model` reads from `source`; of a hub id, which is no file, {}."""
+    folder = Path(source)
+    files = [folder] if folder.is_file() else [
+        *sorted(folder.glob("diffusion_pytorch_model*")), folder / ATTENTION_FILE, folder / DECODER_FILE]
+    return {file.name: sha256(file) for file in files if file.is_file()}
+
+
 def load_model(pipe, source, dtype=torch.float32):
-    """(ControlledUNet in `dtype`, settings) of what `make_controlnet` takes, or of a training's --output_dir or one of
-    its checkpoints, with the attention and the unlocked parts that lie there."""
-    folder = Path(source) / MODEL_FOLDER if (Path(source) / MODEL_FOLDER).is_dir() else Path(source)
-    controlnet = make_controlnet(pipe, str(folder) if folder.exists() else str(source))
-    stored = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-    model = ControlledUNet(pipe.unet, controlnet, load_parts(pipe.unet, folder), dtype=dtype).to(dtype)
-    return model.eval().requires_grad_(False), DEFAULT_SETTINGS | stored
+    """(ControlledUNet in `dtype`, settings) of a `source` that `check_controlnet` has let pass, a checkpoint for
+    instance, with the attention and the unlocked parts that lie there."""
+    controlnet = make_controlnet(pipe, source, "--model")
+    model = ControlledUNet(pipe.unet, controlnet, load_parts(pipe.unet, Path(source)), dtype=dtype).to(dtype)
+    return model.eval().requires_grad_(False), read_settings(source)
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------
@@ -392,6 +440,14 @@ def deblur_losses(restored, target, perceptual=None):
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
+
+def check_sampling(steps, strength):
+    """ValueError naming the flag of what no sampling can do; None was not given."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"--num_inference_steps {steps}: give 1 or more")
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"--strength {strength}: give more than 0, at most 1")
+
 
 def sampling_timesteps(scheduler, steps, strength, t_min=0):
     """`steps` integers, evenly spread from strength * 1000 - 1 down ("trailing", Lin et al. 2024), so that the last

@@ -6,6 +6,8 @@ the fly from a folder of sharp images.
 
 `make_loader` is my_dataset.dataset_deg_bucket's. A sample is a function of (seed, epoch, index) alone."""
 
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +101,17 @@ def prompts(use_augmentation=False):
     return {blur_type: f"a clear, sharp image, {blur_type} removed, high quality, detailed" for blur_type in BLUR_TYPES}
 
 
+def read_json(path):
+    """The object in a file; ValueError naming the file where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: no JSON object; restore it")
+    return content
+
+
 def read_pairs(data_root, json_file=JSON_FILE):
     """Records of the stored pairs that `json_file` lists, one JSON object a line with clear_image, blur_image and
     blur_type, which becomes the Record's prompt. ValueError with file and line number for a line that is none, an
@@ -128,6 +141,14 @@ def read_pairs(data_root, json_file=JSON_FILE):
     if not records:
         raise ValueError(f"{path}: empty; write one JSON object per line")
     return records
+
+
+def fingerprint(records, root):
+    """Tells one list of Records from another by their files' names and sizes and their blur types, wherever the folder
+    `root` that holds them may lie."""
+    listing = [[path.relative_to(root).as_posix(), path.stat().st_size, *([record.prompt] if record.prompt else [])]
+               for record in records for path in (record.target, record.control) if path]
+    return hashlib.blake2b(json.dumps(listing).encode(), digest_size=16).hexdigest()
 
 
 def check_side(name, size, image_size, upscale_small):

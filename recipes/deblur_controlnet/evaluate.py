@@ -29,7 +29,7 @@ from recipes.deblur_controlnet import deblur
 from recipes.deblur_controlnet.deblur_controlnet import decode, encode
 from recipes.deblur_controlnet.deblur_dataset import BLUR_TYPES, apply_blur, prompts
 from utils import metrics
-from utils.failures import report_failures
+from utils.failures import check_report, report_failures
 from utils.parse import check_least, make_parser, public_args, run_main, writable_folder, write_json
 from utils.score import DEFINITIONS, caption, keep_best, measure, package_versions, readable, summarise, write_csv
 from utils.tiles import Tiling, blend_tiles
@@ -119,6 +119,7 @@ def classical_rows(blurred, kernel, linear_light=False):
 
 def main(args):
     records, folder = folder_records(args.clean), writable_folder(args.output, "--output")
+    check_report(folder)
     model = deblur.load(args)
     vae, run = model.pipe.vae, model.from_args(args)
     run_base = deblur.load(args, model.settings).from_args(args) if args.base_row else None

@@ -19,7 +19,13 @@ import torch
 
 from my_dataset.dataset_deg_bucket import make_loader
 from recipes.deblur_controlnet import deblur_controlnet as deblur
-from recipes.deblur_controlnet.deblur_dataset import add_data_args, collate_fn, dataset_from_args, prompts
+from recipes.deblur_controlnet.deblur_dataset import (
+    add_data_args,
+    collate_fn,
+    dataset_from_args,
+    fingerprint,
+    prompts,
+)
 from recipes.deblur_controlnet.validation import heldout_from_args, log_images, validate
 from utils import checkpoint, flux, run
 from utils.losses import MARGIN_LATENTS, VGG16_FILE, crop_boxes, weight_file
@@ -116,9 +122,9 @@ def parse_args(argv=None):
     weights = [f"{name}_loss_weight" for name in ("simple", "deblur", "l1", "mse", "perceptual", "gradient")]
     check_least(args, train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1, max_train_steps=1, seed=0,
                 max_grad_norm=0, dataloader_num_workers=0, checkpointing_steps=0, checkpoints_total_limit=1,
-                logging_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1, guidance_scale=0,
-                logger_freq=0, log_guidance_scale=0, elbo_weight=0, deblur_t_max=1, deblur_every=1, decode_crop=0,
-                t_min=0, t_max=1, **dict.fromkeys(weights, 0))
+                logging_steps=1, validation_steps=1, num_validation_images=1, guidance_scale=0, logger_freq=0,
+                log_guidance_scale=0, elbo_weight=0, deblur_t_max=1, deblur_every=1, decode_crop=0, t_min=0, t_max=1,
+                **dict.fromkeys(weights, 0))
     if args.deblur_loss_weight and not any(getattr(args, name) for name in weights[2:]):
         raise ValueError("--deblur_loss_weight without a part: --l1_loss_weight, --mse_loss_weight, "
                          "--perceptual_loss_weight and --gradient_loss_weight are all 0; raise one, or give it 0")
@@ -129,8 +135,7 @@ def parse_args(argv=None):
     if args.deblur_loss_weight and args.deblur_t_max is not None and args.deblur_t_max <= args.t_min:
         raise ValueError(f"--deblur_t_max {args.deblur_t_max} must be above --t_min {args.t_min}, or no item has a "
                          "deblurring loss; raise it, or give --deblur_loss_weight 0")
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise ValueError(f"--strength {args.strength}: give more than 0, at most 1")
+    deblur.check_sampling(args.num_inference_steps, args.strength)
     run.check_optimizer_args(args)
     source = Path(args.controlnet_model_name_or_path or "")
     for file, flag, is_trained in ((deblur.ATTENTION_FILE, "--use_attention", args.use_attention),
@@ -145,6 +150,8 @@ def parse_args(argv=None):
             raise ValueError(f"--perceptual_loss_weight {args.perceptual_loss_weight:g} needs {VGG16_FILE} "
                              "(torchvision's VGG16); name it with --perceptual_weights, or give weight 0") from error
     deblur.check_base(args.pretrained_model_name_or_path)
+    if args.controlnet_model_name_or_path:
+        deblur.check_source(args.controlnet_model_name_or_path, "--controlnet_model_name_or_path")
     args.logging_dir = "logs"
     run.check_output_dir(args)
     return args
@@ -204,7 +211,23 @@ def training_step(model, vae, scheduler, perceptual, batch, text, args, has_debl
 
 
 def main(args):
-    # --- data: cheap to check, so it comes before any model
+    # --- the base model's configs and the data: cheap to check, so they come before any weights
+    base, source = deblur.read_base(args.pretrained_model_name_or_path), args.controlnet_model_name_or_path
+    if source:
+        deblur.check_controlnet(base, source, "--controlnet_model_name_or_path")
+    multiple, table = deblur.size_multiple(base), base.scheduler.config.num_train_timesteps
+    if args.image_size % multiple:
+        raise ValueError(f"--image_size {args.image_size}: this model needs a multiple of {multiple} pixels")
+    args.t_max = args.t_max or table
+    if args.t_max > table:
+        raise ValueError(f"--t_max {args.t_max}: the base model has {table} timesteps; lower it")
+    if args.t_min >= args.t_max:
+        raise ValueError(f"--t_min {args.t_min}: must be below the end of the trained timesteps, {args.t_max}")
+    args.strength = args.strength or args.t_max / table
+    if args.strength * table > args.t_max:
+        raise ValueError(f"--strength {args.strength:g}: sampling would begin beyond --t_max {args.t_max} of {table} "
+                         "timesteps, where nothing is trained; lower it, or raise --t_max")
+    deblur.sampling_timesteps(base.scheduler, args.num_inference_steps, args.strength, args.t_min)
     dataset = dataset_from_args(args, args.seed)
     heldout = heldout_from_args(args, dataset)
 
@@ -212,31 +235,20 @@ def main(args):
     validation_steps = run.plan_steps(args, len(dataset), accelerator.num_processes)
     device, output = accelerator.device, Path(args.output_dir)
     identity = {name: getattr(args, name) for name in LASTING}
-    identity |= {"base_model": flux.model_id(args.pretrained_model_name_or_path), "images": len(dataset),
+    identity |= {"base_model": flux.model_id(args.pretrained_model_name_or_path),
+                 "images": fingerprint(dataset.records, args.data_root or args.source_dir),
                  "processes": accelerator.num_processes}
     step, state = run.resume(args, identity, result=deblur.MODEL_FOLDER)
 
     # --- models. The handful of prompts is encoded once, on the CPU, and CLIP is gone before training.
     pipe = deblur.load_base(args.pretrained_model_name_or_path)
     vae, scheduler = pipe.vae.to(device), pipe.scheduler
-    multiple, table = deblur.size_multiple(pipe), scheduler.config.num_train_timesteps
-    if args.image_size % multiple:
-        raise ValueError(f"--image_size {args.image_size}: this model needs a multiple of {multiple} pixels")
-    args.t_max = args.t_max or table
-    if args.t_min >= args.t_max:
-        raise ValueError(f"--t_min {args.t_min} must be below --t_max {args.t_max}")
-    args.strength = args.strength or args.t_max / table
-    if args.t_max > table or args.strength * table > args.t_max:
-        raise ValueError(f"--t_max {args.t_max} of {table} timesteps with --strength {args.strength:g}: sampling must "
-                         "not begin beyond what is trained; lower one or raise the other")
-    deblur.sampling_timesteps(scheduler, args.num_inference_steps, args.strength, args.t_min)
     settings = {name: getattr(args, name) for name in (
         "image_size", "train_start", "t_min", "t_max", "use_augmentation", "proportion_empty_prompts",
         "num_inference_steps", "guidance_scale", "strength")} | {"base_model": identity["base_model"]}
     texts = [*prompts(args.use_augmentation).values(), ""]
     embedded = dict(zip(texts, deblur.encode_text(pipe, texts).to(device), strict=True))
     pipe.text_encoder = None
-    source = args.controlnet_model_name_or_path
     attention = deblur.load_parts(pipe.unet, Path(source)) if source else None
     torch.manual_seed(args.seed)  # of the hint network and the attention
     if args.use_attention and not attention:
