@@ -122,8 +122,10 @@ def count_vae(job):
 def account(job, checkpointing="none"):
     """{quantity: integer} of everything that is counted here for a memory.Job."""
     plain = count_step(job)
-    step = plain if checkpointing == "none" else count_step(job, checkpointing)
-    held, peak = memory.step_bytes(job, checkpointing, False)
+    is_offload = checkpointing == "offload"  # it computes what "full" does
+    mode = "full" if is_offload else checkpointing
+    step = plain if mode == "none" else count_step(job, mode)
+    held, peak = memory.step_bytes(job, mode, is_offload)
     encoding, decoding = count_vae(job)
     return {f"parameters: {name}": value for name, value in count_parameters(job).items()} | step | {
         "recomputed FLOPs": step["backward FLOPs"] - plain["backward FLOPs"],

@@ -4,15 +4,17 @@
 official is the step of diffusers' Kontext script: eager, autocast, peft's LoRA in bf16, AdamW, full checkpointing. The
 others are ours: explicit bf16, fp32 LoRA masters, compiled blocks, the settings of their names; `short` has 128 text
 tokens; `planned` is what --memory auto chooses for --memory_limit. Latents are there already in every arm, A and B of
-the LoRA are not zero. Where all arms fit the card together they run in one process, interleaved; else each in its own
-(--separate). 3 warm-up steps, then CUDA events around each of 10. MFU: useful FLOPs (bench/flops.py) a second over
---peak_tflops. `card's s`: the same FLOPs at what this card reached in this run, once the arms were gone, in products
-and attention of their shapes; `of card`: that over the median. --profile: the kernels of 3 more steps.
+the LoRA are not zero. Where all arms fit the card together, with as many tokens, they run in one process, interleaved;
+else each in its own (--separate). An arm that fails is named, and the others are measured all the same. 3 warm-up
+steps, then CUDA events around each of 10. MFU: useful FLOPs (bench/flops.py) a second over --peak_tflops. `card's s`:
+the same FLOPs at what this card reached in this run, once the arms were gone, in products and attention of their
+shapes; `of card`: that over the median. --profile: the kernels of 3 more steps.
 
 Instead of training steps, --sampling 4,28 measures images of so many steps, eager and compiled; --ceilings 4608,8704
 products and attention at so many tokens, in bf16 and fp8, with every attention kernel that runs here."""
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -36,7 +39,7 @@ from bench.train_step import plain_step
 from utils import adaln, flux, generate, lora, memory, placement, quantise, run, speed
 from utils import flow_matching as fm
 from utils.memory import GIB, Plan
-from utils.parse import check_least, run_main, write_json
+from utils.parse import check_finite, check_least, run_main, write_json
 from utils.restore import STOCK_SETTINGS
 
 WARM_UP = 3
@@ -89,6 +92,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", help="JSON file")
     speed.add_speed_args(parser)
     args = parser.parse_args(argv)
+    check_finite(args)
     check_least(args, resolution=16, train_batch_size=1, max_sequence_length=1, rank=1, steps=1, heads=1)
     if not args.peak_tflops > 0:
         raise ValueError(f"--peak_tflops {args.peak_tflops}: give more than 0")
@@ -100,9 +104,12 @@ def parse_args(argv=None):
         raise ValueError(f"--memory_limit {args.memory_limit:g}: give more than {memory.CUDA_CONTEXT / GIB:.1f} GiB")
     if "planned" in args.names and args.memory_limit is None:
         raise ValueError("--arms planned: needs --memory_limit, in GiB")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no GPU here; --device cpu --layers 1,1 --heads 2 --resolution 64 "
-                         "tries the code")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: give cuda, cuda:0 or cpu")
+    count = torch.cuda.device_count()
+    if args.device != "cpu" and int(args.device.partition(":")[2] or 0) >= count:
+        raise ValueError(f"--device {args.device}: {count or 'no'} GPU here; --device cpu --layers 1,1 --heads 2 "
+                         "--resolution 64 tries the code")
     try:
         args.blocks = tuple(int(count) for count in args.layers.split(","))
         args.sampling_steps, args.ceiling_tokens = (
@@ -206,6 +213,7 @@ class Arm:
         from peft import LoraConfig
 
         transformer.enable_gradient_checkpointing()
+        transformer.set_attention_backend("native")  # diffusers' default, which another arm's choice would replace
         transformer.add_adapter(LoraConfig(r=self.args.rank, lora_alpha=self.args.rank, init_lora_weights="gaussian",
                                            target_modules=lora.DEFAULT_LAYERS))
         return lora.parameters(transformer)
@@ -267,13 +275,13 @@ class Timer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
+            self.events[0].record(torch.cuda.current_stream(self.device))
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *error):
         if self.device.type == "cuda":
-            self.events[1].record()
+            self.events[1].record(torch.cuda.current_stream(self.device))
             torch.cuda.synchronize(self.device)
             self.seconds = self.events[0].elapsed_time(self.events[1]) / 1000
         else:
@@ -281,45 +289,81 @@ class Timer:
 
 
 def measure_arms(args, device, dtype):
-    """[{quantity: value}] of the arms, in this process and interleaved, every order in turn."""
-    arms = []
+    """([{quantity: value}] of the arms, in this process and interleaved, every order in turn; the names of those that
+    failed)."""
+    arms, rows, failed = [], [], []
     for name in args.names:
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        arm = Arm(name, args, device, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        memory.gpu_bytes(device, args.memory_limit)  # from here on: making random weights needs more than loading
-        started = time.perf_counter()
-        arm.step(-WARM_UP)
-        arm.first = time.perf_counter() - started
-        for step in range(1 - WARM_UP, 0):
-            arm.step(step)
-        arm.resident = arm.allocated() - before
-        arm.losses, arm.passing = [], 0
-        arms.append(arm)
+        with noted(name, args, failed):
+            arms.append(warm_up(name, args, device, dtype))
     for step in range(args.steps):
         for arm in arms if step % 2 else reversed(arms):
-            arm.seconds.append(arm.step(step))
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" and len(arms) == 1 else None
-    rows = []
+            if arm.name not in failed:
+                with noted(arm.name, args, failed):
+                    arm.seconds.append(arm.step(step))
     for arm in arms:
-        kernels = profile_arm(arm) if args.profile else None
-        counts = flops.count_step(arm.job)
-        forward, backward = counts["forward attention"], counts["backward attention"]
-        tflop = {"product": (counts["forward FLOPs"] - forward + counts["backward FLOPs"] - backward) / 1e12,
-                 "attention forward": forward / 1e12, "attention backward": backward * 4 / 5 / 1e12}
-        useful = sum(tflop.values())
-        median = statistics.median(arm.seconds)
-        rows.append({
-            "arm": arm.name, "settings": arm.plan.in_words(), "text tokens": arm.job.text_tokens,
-            "median s": median, "min s": min(arm.seconds), "max s": max(arm.seconds), "first step s": arm.first,
-            "TFLOP": tflop, "useful TFLOP": useful, "MFU": useful / median / args.peak_tflops,
-            "allocated GiB": (arm.resident + arm.passing) / GIB if device.type == "cuda" else None,
-            "reserved GiB": reserved / GIB if reserved is not None else None,
-            "predicted GiB": sum(memory.predict(arm.job, arm.plan).values()) / GIB if arm.name != "official" else None,
-            "seconds": arm.seconds, "losses": arm.losses[: args.steps], "kernels": kernels,
-        })
-    return rows
+        if arm.name not in failed:
+            with noted(arm.name, args, failed):
+                rows.append(make_row(arm))
+    return rows, failed
+
+
+@contextlib.contextmanager
+def noted(name, args, failed):
+    """Inside, a failure of the arm `name` is shown and its name added to `failed`: the others go on. It ends the run of
+    an arm that is alone."""
+    try:
+        yield
+    except Exception:
+        if len(args.names) == 1:
+            raise
+        failed.append(name)
+        traceback.print_exc()
+
+
+def free_memory():
+    gc.collect()  # arms hang on their own hooks
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def warm_up(name, args, device, dtype):
+    """The Arm, compiled where it is to be, after WARM_UP steps."""
+    free_memory()  # of an arm that failed
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    arm = Arm(name, args, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    memory.gpu_bytes(device, args.memory_limit)  # from here on: making random weights needs more than loading
+    started = time.perf_counter()
+    arm.step(-WARM_UP)
+    arm.first = time.perf_counter() - started
+    for step in range(1 - WARM_UP, 0):
+        arm.step(step)
+    arm.resident = arm.allocated() - before
+    arm.losses, arm.passing = [], 0
+    return arm
+
+
+def make_row(arm):
+    """{quantity: value} of an arm whose steps are done; with --profile it takes a few more."""
+    args, on_gpu = arm.args, arm.device.type == "cuda"
+    reserved = torch.cuda.max_memory_reserved(arm.device) if on_gpu and len(args.names) == 1 else None
+    kernels = profile_arm(arm) if args.profile else None
+    counts = flops.count_step(arm.job)
+    forward, backward = counts["forward attention"], counts["backward attention"]
+    tflop = {"product": (counts["forward FLOPs"] - forward + counts["backward FLOPs"] - backward) / 1e12,
+             "attention forward": forward / 1e12, "attention backward": backward * 4 / 5 / 1e12}
+    useful = sum(tflop.values())
+    median = statistics.median(arm.seconds)
+    return {
+        "arm": arm.name, "settings": arm.plan.in_words(), "text tokens": arm.job.text_tokens,
+        "median s": median, "min s": min(arm.seconds), "max s": max(arm.seconds), "first step s": arm.first,
+        "TFLOP": tflop, "useful TFLOP": useful, "MFU": useful / median / args.peak_tflops,
+        "allocated GiB": (arm.resident + arm.passing) / GIB if on_gpu else None,
+        "reserved GiB": reserved / GIB if reserved is not None else None,
+        "predicted GiB": sum(memory.predict(arm.job, arm.plan).values()) / GIB if arm.name != "official" else None,
+        "seconds": arm.seconds, "losses": arm.losses[: args.steps], "kernels": kernels,
+    }
 
 
 def group_of(kernel):
@@ -405,9 +449,7 @@ def attempt(measure, *what):
 
 def compare_with_card(args, rows, device, dtype):
     """Add to the rows of training steps what this card reaches in TFLOP/s, and the time that the same work takes so."""
-    gc.collect()  # arms hang on their own hooks
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     reached = {}
     for row in rows:
         job = make_job(args, row["arm"])
@@ -423,19 +465,26 @@ def compare_with_card(args, rows, device, dtype):
 
 
 def measure_apart(args, argv):
-    """The same, each arm in a process of its own."""
-    rows = []
+    """The same as measure_arms, each arm in a process of its own."""
+    rows, failed = [], []
     for name in args.names:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "arm.json"
-            subprocess.run([sys.executable, "-m", "bench.gpu_step", *argv, "--arms", name, "--output", str(file)],
-                           check=True)
-            rows += json.loads(file.read_text())["rows"]
-    return rows
+            arm = subprocess.run([sys.executable, "-m", "bench.gpu_step", *argv, "--arms", name, "--output", str(file)],
+                                 check=False)  # it has said what was wrong
+            if arm.returncode:
+                failed.append(name)
+            else:
+                rows += json.loads(file.read_text())["rows"]
+    return rows, failed
 
 
 def fit_together(args, device):
-    """Whether all arms have room on the card at once: their weights, and the passing part of the largest."""
+    """Whether all arms can run in one process. Where they are compiled they need one length of text: PyTorch compiles a
+    second one with symbolic sizes. And there must be room on the card for all weights, and for the passing part of the
+    largest arm."""
+    if args.compile and len({make_job(args, name).text_tokens for name in args.names}) > 1:
+        return False
     if device.type != "cuda":
         return True
     parts = [memory.predict(make_job(args, name), make_plan(args, name)) for name in args.names]
@@ -490,7 +539,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, dtype = torch.device(args.device), torch.bfloat16
     flux.check_sizes(memory.meta_vae(memory.KONTEXT_VAE), [(args.resolution,) * 2])
-    columns = COLUMNS
+    columns, failed = COLUMNS, []
     if args.ceilings:
         columns = CEILING_COLUMNS
         rows = [row for tokens in args.ceiling_tokens
@@ -498,9 +547,9 @@ def main(argv=None):
     elif args.sampling:
         rows = measure_sampling(args, device, dtype)
     elif len(args.names) > 1 and (args.separate or args.memory_limit or not fit_together(args, device)):
-        rows = measure_apart(args, argv)
+        rows, failed = measure_apart(args, argv)
     else:
-        rows = measure_arms(args, device, dtype)
+        rows, failed = measure_arms(args, device, dtype)
         compare_with_card(args, rows, device, dtype)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     machine = f"{card}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
@@ -514,7 +563,10 @@ def main(argv=None):
         if "settings" in row:
             print(f"{row['arm']}: {row['settings']}; last loss {row['losses'][-1]:.4f}")
     if args.output:
-        write_json(args.output, {"machine": machine, "args": vars(args), "rows": rows})
+        write_json(args.output, {"machine": machine, "args": vars(args), "rows": rows, "failed": failed})
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

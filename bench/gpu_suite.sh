@@ -38,7 +38,8 @@ step512() {
 }
 
 step512b1() {
-    measure step512b1 --resolution 512 --arms official,tables,short
+    measure step512b1_ratio --resolution 512 --arms official,tables
+    measure step512b1_short --resolution 512 --arms short
 }
 
 quantised() {  # compiled, as every arm on a GPU

@@ -21,6 +21,7 @@ from scripts.download_dataset import copy_sample
 from utils.parse import PROJECT_ROOT, check_least, run_main
 
 COPIES, SHARDS, FIRST_STEPS = 16, 4, 5
+LAST_LINES = 60  # of a training that fails; about 45 are torchrun's
 
 
 def write_images(folder):
@@ -48,8 +49,12 @@ def measure(args, processes, source, output):
                str(FIRST_STEPS + args.steps), "--validation_steps", "10000", "--checkpointing_steps", "0",
                "--logging_steps", "1", "--report_to", "none", "--dataloader_num_workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    subprocess.run(command, cwd=PROJECT_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    try:
+        subprocess.run(command, cwd=PROJECT_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.PIPE, text=True)
+    except subprocess.CalledProcessError as error:
+        print(*error.stderr.splitlines()[-LAST_LINES:], sep="\n", file=sys.stderr)
+        raise ValueError(f"the training on {processes} processes failed; its last lines are above") from error
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][FIRST_STEPS:]
     return tuple(sum(row[name] for row in rows) / len(rows) for name in ("seconds_per_step", "data_seconds_per_step"))
 
@@ -62,6 +67,8 @@ def main():
     parser.add_argument("--batch", type=int, default=2, help="images per process")
     args = parser.parse_args()
     check_least(args, steps=1, resolution=16, batch=1)
+    for count in args.processes:
+        check_least(argparse.Namespace(processes=count), processes=1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_images(folder)

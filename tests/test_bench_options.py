@@ -1,8 +1,12 @@
 """Senseless numbers end a benchmark in one line, before anything is loaded or measured."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from bench import data, inference, large_image, start_noise, train_step
+from bench import data, inference, large_image, start_noise, train_step, waiting
 from utils import flux, speed
 from utils.parse import run_main
 
@@ -21,6 +25,7 @@ FOLDERS = ["--output", "out", "--train_root", "a", "--heldout_root", "b"]
     (inference, ["--lora", "x", "--steps", "4", "0"], "--steps 0: give 1 or more"),
     (inference, ["--lora", "x", "--tile_batches", "0"], "--tile_batches 0: give 1 or more"),
     (inference, ["--lora", "x", "--tile", "8"], "--tile 8: give 16 or more"),
+    (waiting, ["--processes", "2", "0"], "--processes 0: give 1 or more"),
     (start_noise, [*FOLDERS, "--steps", "19"], "--steps 19: give 20 or more"),
     (start_noise, [*FOLDERS, "--heldout_images", "0"], "--heldout_images 0: give 1 or more"),
     (start_noise, [*FOLDERS, "--score_px", "0"], "--score_px 0: give 1 or more"),
@@ -33,6 +38,16 @@ def test_senseless_numbers_end_in_one_line(bench, flags, words, monkeypatch, cap
         run_main(bench.main)
     assert stop.value.code == 2 and f"error: {words}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_fails_beneath_the_waiting_bench_is_heard(monkeypatch, capsys, tmp_path):
+    run = subprocess.run
+    child = "import sys; sys.exit('\\n'.join(['early', *['rank 0'] * 80, 'no photographs here']))"
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", child], **options))
+    with pytest.raises(ValueError, match="the training on 3 processes failed; its last lines are above"):
+        waiting.measure(SimpleNamespace(resolution=32, batch=1, steps=1), 3, [], tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "no photographs here" and len(lines) == waiting.LAST_LINES
 
 
 def test_the_step_bench_takes_latents_that_are_there_and_compiles_its_own_arms(

@@ -88,6 +88,13 @@ def test_full_checkpointing_recomputes_the_blocks_and_selective_all_but_attentio
         image * 64 * width * 2 + text * 48 * width + 2 * embedding + 32 * width + width**2 + 2 * width**2)
 
 
+def test_offloaded_checkpoints_cost_what_full_checkpointing_does_and_keep_less():
+    job = small(SMALL | {"num_layers": 2, "num_single_layers": 4})
+    full, offload = flops.account(job, "full"), flops.account(job, "offload")
+    assert {name for name in full if full[name] != offload[name]} == {"saved bytes", "peak bytes"}
+    assert offload["saved bytes"] < full["saved bytes"] and offload["peak bytes"] < full["peak bytes"]
+
+
 def test_without_reference_and_lora_a_sampling_call_is_the_forward_pass():
     config = SMALL | {"num_layers": 1, "num_single_layers": 2}
     job = Job(config, SMALL_VAE, ((64, 96),), batch=2, text_tokens=16, rank=4)

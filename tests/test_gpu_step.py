@@ -3,9 +3,12 @@
 import json
 import os
 import subprocess
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from bench import gpu_step, random_flux
 from tests.conftest import PROJECT_ROOT
@@ -43,21 +46,48 @@ def test_every_arm_computes_the_official_gradients():
         assert cosine > least, (name, cosine)
 
 
+def test_the_official_step_keeps_native_attention_beside_an_arm_with_another_kernel(monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    used, kernels = set(), dict(_AttentionBackendRegistry._backends)
+    for name in ("native", "_native_flash"):
+        def note(*args, name=name, **more):
+            used.add(name)
+            return kernels[AttentionBackendName(name)](*args, **more)
+
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName(name), note)
+    args = gpu_step.parse_args([*TINY, "--heads", "1", "--attention_backend", "_native_flash"])
+    official, ours = (gpu_step.Arm(name, args, torch.device("cpu"), torch.bfloat16) for name in ("official", "none"))
+    for arm, expected in ((official, "native"), (ours, "_native_flash")):
+        used.clear()
+        arm.step(0)
+        assert used == {expected}
+
+
+class Children:
+    """Stands for subprocess.run: runs arms in this process, but for those that are to fail."""
+
+    def __init__(self, monkeypatch, failing=()):
+        self.names, self.failing = [], failing
+        monkeypatch.setattr(subprocess, "run", self)
+
+    def __call__(self, command, check):
+        name = command[-3]
+        self.names.append(name)
+        code = 1 if name in self.failing else gpu_step.main(command[3:])
+        if check and code:
+            raise subprocess.CalledProcessError(code, command)
+        return SimpleNamespace(returncode=code)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_losses_agree_and_table_and_json_are_written(separate, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "BACKEND", "eager")
-    calls = []
-
-    def in_this_process(command, check):
-        calls.append(command)
-        gpu_step.main(command[3:])
-
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    children = Children(monkeypatch)
     file = tmp_path / "step.json"
     gpu_step.main([*TINY, "--arms", "official,tables", "--compile", "--peak_tflops", "100", "--output", str(file)]
                   + ["--separate"] * separate)
     text, rows = capsys.readouterr().out, json.loads(file.read_text())["rows"]
-    assert len(calls) == 2 * separate
+    assert len(children.names) == 2 * separate
     assert "| official | 16 |" in text and "| tables | 16 |" in text and f"torch {torch.__version__}" in text
     assert "mean nothing" in text
     assert [row["arm"] for row in rows] == ["official", "tables"]
@@ -67,6 +97,45 @@ def test_losses_agree_and_table_and_json_are_written(separate, tmp_path, capsys,
         assert row["useful TFLOP"] == pytest.approx(sum(row["TFLOP"].values()))
         seconds = sum(work / row["card TFLOP/s"][kind] for kind, work in row["TFLOP"].items())
         assert row["card's s"] == pytest.approx(seconds) and row["of card"] == pytest.approx(seconds / row["median s"])
+
+
+@pytest.mark.parametrize(("separate", "failing_step"), [(False, -gpu_step.WARM_UP), (False, 1), (True, 0)])
+def test_an_arm_that_fails_is_named_and_takes_no_other_with_it(separate, failing_step, tmp_path, capsys, monkeypatch):
+    children, step, make = Children(monkeypatch, ["official"]), gpu_step.Arm.step, gpu_step.random_pipeline
+    made = []
+
+    def fail(arm, number):
+        if arm.name == "official" and number == failing_step:
+            raise RuntimeError("no kernel image")
+        return step(arm, number)
+
+    def make_pipe(*args):
+        if len(made) == 2 and failing_step < 0:
+            assert made[1]() is None  # what failed has left the card
+        pipe = make(*args)
+        made.append(weakref.ref(pipe.transformer))
+        return pipe
+
+    monkeypatch.setattr(gpu_step.Arm, "step", fail)
+    monkeypatch.setattr(gpu_step, "random_pipeline", make_pipe)
+    file, tiny = tmp_path / "step.json", [*TINY, "--heads", "1"]
+    code = gpu_step.main([*tiny, "--arms", "full,official,none", "--output", str(file), *["--separate"] * separate])
+    written, text = json.loads(file.read_text()), capsys.readouterr()
+    assert code == 1 and written["failed"] == ["official"] and text.err.splitlines()[-1] == "failed: official"
+    assert [row["arm"] for row in written["rows"]] == ["full", "none"]
+    assert ("no kernel image" in text.err) != separate  # a child has said it
+    assert len(children.names) == 3 * separate
+    if not separate:
+        with pytest.raises(RuntimeError, match="no kernel image"):  # alone it ends as it did
+            gpu_step.main([*tiny, "--arms", "official"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_arms_of_different_text_lengths_run_apart(compiled, monkeypatch):
+    args = gpu_step.parse_args([*TINY, "--arms", "tables,short", *["--compile"] * compiled])
+    assert gpu_step.fit_together(args, torch.device("cpu")) != compiled
+    args.names = ["none", "tables"]
+    assert gpu_step.fit_together(args, torch.device("cpu"))
 
 
 def test_nf4_weights_of_an_arm_are_quantised_as_loading_does_it_and_compile_without_graph_breaks(monkeypatch):
@@ -158,11 +227,15 @@ def test_sampling_counts_a_call_for_each_step(tmp_path, capsys):
     (["--layers", "1"], "--layers 1, --sampling None, --ceilings None: give two"),
     (["--sampling", "a"], "--layers 1,1, --sampling a, --ceilings None: give whole numbers"),
     (["--ceilings", "0"], "--layers 1,1, --sampling None, --ceilings 0: give two"),
+    (["--memory_limit", "inf"], "--memory_limit inf: give a finite number"),
+    (["--device", "foo"], "--device foo: give cuda, cuda:0 or cpu"),
+    (["--device", "cuda:7"], "--device cuda:7: 1 GPU here; --device cpu"),
     (["--peak_tflops", "0"], "--peak_tflops 0.0: give more than 0"),
     (["--steps", "0"], "--steps 0: give 1 or more"),
     (["--resolution", "72"], "72x72: this model needs multiples"),
 ])
-def test_senseless_flags_end_in_one_line(flags, words, capsys):
+def test_senseless_flags_end_in_one_line(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: gpu_step.main([*TINY, *flags]))
     assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -197,4 +270,4 @@ def test_every_line_of_the_suite_is_valid_and_what_fails_does_not_stop_the_rest(
             arms |= set(args.names) if not (args.sampling or args.ceilings) else set()
             files.append(args.output)
             assert args.device == "cpu" and args.steps == 2  # what is given last wins
-    assert arms == set(gpu_step.ARMS) - {"full", "full_tables"} and len(files) == len(set(files)) == 16
+    assert arms == set(gpu_step.ARMS) - {"full", "full_tables"} and len(files) == len(set(files)) == 17

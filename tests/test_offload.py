@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.conftest import equal, take_gradients
-from utils import flux, lora, offload
+from utils import flux, lora, offload, speed
 from utils.checkpointing import CHECKPOINTING, enable_checkpointing
 from utils.offload import BlockOffload
 
@@ -186,6 +187,27 @@ def test_compiled_blocks_are_offloaded_without_graph_breaks(reference):
     torch.compiler.reset()
 
 
+def test_host_memory_is_unlocked_when_it_is_freed(monkeypatch):
+    calls = []
+    cudart = SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: calls.append(("lock", pointer)) or 0,
+                             cudaHostUnregister=lambda pointer: calls.append(("unlock", pointer)))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    memory = offload.page_locked(1000, torch.device("cuda"))
+    view, pointer = memory[10:20], memory.data_ptr()
+    del memory
+    gc.collect()
+    assert calls == [("lock", pointer)]  # a view of it lives
+    del view
+    gc.collect()
+    assert calls == [("lock", pointer), ("unlock", pointer)]
+    offload.page_locked(8, torch.device("cpu"))
+    cudart.cudaHostRegister = lambda *_: 2
+    with pytest.raises(ValueError, match="refuses to lock enough host memory"):
+        offload.page_locked(1000, torch.device("cuda"))
+    gc.collect()
+    assert len(calls) == 2  # what was not locked is not unlocked
+
+
 def test_distributed_data_parallel_leaves_absent_weights_alone(reference, tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(torch.distributed.utils, "_sync_params_and_buffers",
@@ -343,6 +365,20 @@ def test_gradients_of_every_checkpointing_are_the_same_to_the_bit(reference, mon
     enable_checkpointing(transformer, mode)
     for _ in range(2):
         assert equal(gradients(transformer), reference["gradients"])
+
+
+@pytest.mark.parametrize("mode", ["selective", "offload"])
+def test_compiled_blocks_have_the_same_gradients_with_checkpoints_that_keep_attention_or_leave_the_device(
+        monkeypatch, mode):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 512)
+    monkeypatch.setattr(speed, "BACKEND", "aot_eager")
+    expected = gradients(make_transformer(1, 1))
+    transformer = make_transformer(1, 1)
+    enable_checkpointing(transformer, mode)
+    speed.compile_blocks(transformer)
+    for _ in range(2):
+        assert equal(gradients(transformer), expected)
+    torch.compiler.reset()
 
 
 def test_none_switches_checkpointing_off_again():

@@ -120,6 +120,24 @@ def test_the_modules_that_tables_replace_are_those_that_nf4_is_told(tiny_pipe):
     assert linears - left == replaced
 
 
+def test_8_bit_weights_of_bitsandbytes_never_wait_in_host_memory(tiny_model, tmp_path, monkeypatch):
+    args = restoration.parse_args(["--pretrained_model_name_or_path", tiny_model, "--hr_root", "x", "--output_dir",
+                                   str(tmp_path)])
+    monkeypatch.setattr(memory, "plan_run", lambda args, *_, tables_possible, fixed, **more: memory.candidates(
+        args.memory, tables_possible, fixed))
+
+    def plans(level, bnb_options):
+        args.memory, args.bnb_options = level, bnb_options
+        return placement.plan(args, torch.device("cpu"), torch.bfloat16, [(1024, 1024)] * 2, ["p"])
+
+    assert any(plan.offload_blocks for plan in plans("auto", {"load_in_4bit": True}))
+    for level in ("auto", "lossless"):
+        found = plans(level, {"load_in_8bit": True})
+        assert {plan.base_precision for plan in found} == {"int8"} and not any(plan.offload_blocks for plan in found)
+    with pytest.raises(ValueError, match="--memory offload: bitsandbytes' 8-bit weights would stay on the GPU"):
+        plans("offload", {"load_in_8bit": True})
+
+
 def test_a_gpu_that_is_too_small_is_told_what_would_fit(tiny_model, tmp_path, monkeypatch):
     args = restoration.parse_args(["--pretrained_model_name_or_path", tiny_model, "--hr_root", "x", "--output_dir",
                                    str(tmp_path), "--memory", "fastest", "--resolution", "1024"])

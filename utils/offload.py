@@ -127,9 +127,13 @@ def page_locked(size, device):
     """`size` bytes of host memory, page-locked where `device` is a GPU. torch's own allocator of such memory rounds up
     to a power of two, so that the 648 MiB of a double block would take 1 GiB."""
     memory = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):
-        raise ValueError("the system refuses to lock enough host memory for block offload; let more blocks stay on the "
-                         "GPU, or raise the limit (ulimit -l)")
+    if device.type == "cuda":
+        cudart = torch.cuda.cudart()
+        if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)):
+            raise ValueError("the system refuses to lock enough host memory for block offload; let more blocks stay on "
+                             "the GPU, or raise the limit (ulimit -l)")
+        # Before it is freed: CUDA would refuse to lock what comes to lie there next. The process's end does without.
+        weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory
 
 

@@ -43,6 +43,11 @@ def plan(args, device, dtype, sizes, prompts, train_text_encoder=False, decode_p
         fixed["base_precision"] = "nf4" if args.bnb_options.get("load_in_4bit") else "int8"
     elif args.base_precision:
         fixed["base_precision"] = args.base_precision
+    if args.bnb_options and args.bnb_options.get("load_in_8bit"):
+        fixed["offload_blocks"] = False  # its layers hold the codes outside their parameters too (CB): nothing is freed
+        if args.memory == "offload":
+            raise ValueError("--memory offload: bitsandbytes' 8-bit weights would stay on the GPU; give "
+                             "--base_precision int8 instead of --bnb_quantization_config_path")
     if args.shards > 1:
         fixed["shards"] = args.shards
     if args.adaln_tables is not None:

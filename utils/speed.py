@@ -10,6 +10,8 @@ import torch
 from utils import flux
 
 logger = logging.getLogger("kontext")
+# diffusers would say with every run that attention backends are experimental.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda record: "experimental" not in record.msg)
 BACKEND = "inductor"
 COMPILE_STEPS = 300  # a run this long pays for its compilation: 30 to 90 s on a card (PyTorch's and our own figures)
 MAX_VARIANTS = 64  # compiled forms of one block, at most: 17 buckets, with and without gradients, last batches
@@ -70,11 +72,10 @@ def choose_attention(transformer, name, tokens, device, dtype, measure=None):
         candidates = [min(seconds, key=seconds.get)]
         if torch.distributed.is_initialized():  # a stopwatch must not tell processes apart
             torch.distributed.broadcast_object_list(candidates)
-    if candidates[0] != "native":
-        try:
-            transformer.set_attention_backend(candidates[0])
-        except RuntimeError as error:  # diffusers' own, for a package that is missing
-            raise ValueError(f"--attention_backend {candidates[0]}: {error} Or leave it out") from error
+    try:
+        transformer.set_attention_backend(candidates[0])  # also "native": a model without one has the last one set
+    except RuntimeError as error:  # diffusers' own, for a package that is missing
+        raise ValueError(f"--attention_backend {candidates[0]}: {error} Or leave it out") from error
     logger.info(f"attention kernel: {candidates[0]}")
     return candidates[0]
 
