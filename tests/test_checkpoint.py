@@ -202,12 +202,14 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert checkpoint.load(broken, IDENTITY)[1]["lora"]["a.lora_A.weight"][0, 0] == 2
 
 
-def test_prune_keeps_the_newest_by_number(tmp_path):
+@pytest.mark.parametrize("limit", [None, 1, 2, 3, 4, 5, 9])
+def test_prune_keeps_the_newest_by_number(tmp_path, limit):
     for step in (9, 10, 100):
         save(tmp_path, step)
-    save(tmp_path, 101, limit=2)
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [100, 101]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-101"]
+    save(tmp_path, 101, limit=limit)
+    kept = [9, 10, 100, 101][-(limit or 4):]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == kept
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(f"checkpoint-{step}" for step in kept)
 
 
 @pytest.mark.parametrize("files", [0, 1, 3])

@@ -95,8 +95,8 @@ def save(output_dir, step, state, identity, write_lora, limit=None):
         raise ValueError(f"{folder} could not be written ({error}); earlier checkpoints are intact. Free disk space, "
                          "then --resume_from_checkpoint latest") from error
     if limit:
-        earlier = [path for earlier, path in list_checkpoints(output_dir) if earlier < step]
-        for old in earlier[:len(earlier) + 1 - limit]:  # later ones are damaged: a run would have gone on from them
+        older = [path for number, path in list_checkpoints(output_dir) if number < step]
+        for old in older[:max(0, len(older) + 1 - limit)]:  # later ones are damaged: a run would have gone on from them
             doomed = old.with_name(old.name + ".tmp")  # renamed first: a kill leaves no half of it listed as whole
             try:
                 os.replace(old, doomed)
