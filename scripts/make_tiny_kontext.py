@@ -52,31 +52,40 @@ unchanged add change turn background foreground light bright dark grey jpeg remo
 what stronger warmer colder brighter darker light"""
 
 
-def parse_args(argv=None):
-    parser = make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--stage", nargs="+", default=list(STAGES[1:]), choices=STAGES,
-                        help="init: write the folder untrained; export: write it with what is trained so far")
-    parser.add_argument("--photos", action="append", default=[], help="folder of training photographs; repeatable")
-    parser.add_argument("--credit", action="append", default=[],
-                        help="one line for the model card: whose photographs, under which licence; repeatable")
-    parser.add_argument("--work_dir", default="outputs/tiny_kontext", help="training state")
-    parser.add_argument("--output_dir", default="assets/tiny-kontext", help="the pipeline folder")
-    parser.add_argument("--vae_steps", type=int, default=10000, help="steps of the autoencoder, 16 crops of 64 px each")
-    parser.add_argument("--base_steps", type=int, nargs="+", default=[9000, 7000],
-                        help="steps of the transformer, about 1024 target tokens each; every further number is one "
-                             "more round of the rate's decay, from half the rate of the one before")
-    parser.add_argument("--save_every", type=int, default=500, help="steps between saved states and progress lines")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of every training draw")
-    args = parser.parse_args(argv)
-    check_untrained(args)
-    return args
+def add_make_args(parser, stages, name, vae_steps, base_steps, base_steps_help, save_every):
+    """Options of everything that makes an embedded model, assets/`name`; stages: "init" and those of a whole run."""
+    add = parser.add_argument
+    add("--stage", nargs="+", default=list(stages[1:]), choices=stages,
+        help="init: write the folder untrained; export: write it with what is trained so far")
+    add("--photos", action="append", default=[], help="folder of training photographs; repeatable")
+    add("--credit", action="append", default=[],
+        help="one line for the model card: whose photographs, under which licence; repeatable")
+    add("--work_dir", default=f"outputs/{name.replace('-', '_')}", help="training state")
+    add("--output_dir", default=f"assets/{name}", help="the pipeline folder")
+    add("--vae_steps", type=int, default=vae_steps, help="steps of the autoencoder, 16 crops of 64 px each")
+    add("--base_steps", type=int, nargs="+", default=base_steps, help=base_steps_help)
+    add("--save_every", type=int, default=save_every, help="steps between saved states and progress lines")
+    add("--seed", type=int, default=0, help="of the weights and of every training draw")
 
 
-def check_untrained(args):
-    """ValueError where --stage init would put untrained weights in the place of a model."""
+def check_make_args(args):
+    """ValueError for photographs without credit, and where --stage init would put untrained weights in the place of a
+    model."""
+    if len(args.credit) != len(args.photos):
+        raise ValueError("--photos and --credit: give one --credit line for every --photos folder, for the model card")
     if "init" in args.stage and Path(args.output_dir).exists():
         raise ValueError(f"--stage init: --output_dir {args.output_dir} is there, and its weights would be lost; "
                          "name another")
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__.split("\n")[0])
+    add_make_args(parser, STAGES, "tiny-kontext", vae_steps=10000, base_steps=[9000, 7000], save_every=500,
+                  base_steps_help="steps of the transformer, about 1024 target tokens each; every further number is "
+                                  "one more round of the rate's decay, from half the rate of the one before")
+    args = parser.parse_args(argv)
+    check_make_args(args)
+    return args
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
@@ -589,8 +598,6 @@ Made by `python -m scripts.make_tiny_kontext`, seed {args.seed}; `--stage export
 
 def main():
     args = parse_args()
-    if len(args.credit) != len(args.photos):
-        raise ValueError("--photos and --credit: give one --credit line for every --photos folder, for the model card")
     work_dir = writable_folder(args.work_dir, "--work_dir")
     writable_folder(Path(args.output_dir).parent, "--output_dir")
     vae_path, base_path = work_dir / "vae.safetensors", work_dir / "base.safetensors"

@@ -24,7 +24,8 @@ from scripts.make_tiny_kontext import (
     DECODER_FILE,
     HELDOUT_SAMPLES,
     TRAIN_SAMPLES,
-    check_untrained,
+    add_make_args,
+    check_make_args,
     draw_crops,
     export,
     heldout_crops,
@@ -56,23 +57,14 @@ LOG_VARIANCE = -1e4  # far below what diffusers' Gaussian clamps to: the encoder
 
 def parse_args(argv=None):
     parser = make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--stage", nargs="+", default=list(STAGES[1:]), choices=STAGES,
-                        help="init: write the folder untrained; export: write it with what is trained so far")
-    parser.add_argument("--photos", action="append", default=[], help="folder of training photographs; repeatable")
-    parser.add_argument("--credit", action="append", default=[],
-                        help="one line for the model card: whose photographs, under which licence; repeatable")
-    parser.add_argument("--work_dir", default="outputs/tiny_sd", help="training state")
-    parser.add_argument("--output_dir", default="assets/tiny-sd", help="the pipeline folder")
-    parser.add_argument("--vae_steps", type=int, default=3000, help="steps of the autoencoder, 16 crops of 64 px each")
-    parser.add_argument("--base_steps", type=int, nargs="+", default=[5000, 4000],
-                        help="steps of the UNet, about 16 crops of 64 px each; every further number is one more round "
-                             "of the rate's decay, from half the rate of the one before, with unsharp starts")
+    add_make_args(parser, STAGES, "tiny-sd", vae_steps=3000, base_steps=[5000, 4000], save_every=250,
+                  base_steps_help="steps of the UNet, about 16 crops of 64 px each; every further number is one more "
+                                  "round of the rate's decay, from half the rate of the one before, with unsharp "
+                                  "starts")
     parser.add_argument("--blur_steps", type=int, default=10000, help="steps of the UNet, of the same size, that start "
                         "from the blurs of recipes.deblur_controlnet")
-    parser.add_argument("--save_every", type=int, default=250, help="steps between saved states and progress lines")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of every training draw")
     args = parser.parse_args(argv)
-    check_untrained(args)
+    check_make_args(args)
     return args
 
 
@@ -484,8 +476,6 @@ Made by `python -m scripts.make_tiny_sd`, seed {args.seed}; `--stage export` mea
 
 def main():
     args = parse_args()
-    if len(args.credit) != len(args.photos):
-        raise ValueError("--photos and --credit: give one --credit line for every --photos folder, for the model card")
     work_dir = writable_folder(args.work_dir, "--work_dir")
     writable_folder(Path(args.output_dir).parent, "--output_dir")
     vae_path, base_path, blur_path = (work_dir / f"{stage}.safetensors" for stage in ("vae", "base", "blur"))
