@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -97,20 +98,29 @@ def tiny_pipe(tiny_model):
     return flux.load_models(tiny_model, "cpu", torch.float32)
 
 
+def save_random_lora(model, folder, settings, rank, scale, seed, with_clip=False):
+    """Write a LoRA for a tiny model whose B is not zero; with_clip: one for its CLIP too. settings: what differs from
+    stock Kontext's. Returns the folder's name."""
+    from utils import flux, lora, restore
+
+    parts = [flux.load_models(model, "cpu", torch.float32).transformer]
+    lora.attach(parts[0], rank=rank)
+    if with_clip:
+        parts.append(flux.load_text_encoder(model, "cpu", torch.float32)[1])
+        lora.attach(parts[1], rank=rank, layers=lora.CLIP_LAYERS)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in itertools.chain(*map(lora.parameters, parts)):
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    lora.save(parts[0], folder, restore.STOCK_SETTINGS | {"max_sequence_length": 16, "base_model": model} | settings,
+              *parts[1:])
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_lora(tiny_model, tmp_path_factory):
     """Folder with a LoRA file for tiny_model: B not zero, settings of a start noise of 0.5."""
-    from utils import flux, lora, restore
-
-    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
-    lora.attach(pipe.transformer, rank=4)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in lora.parameters(pipe.transformer):
-        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("lora")
-    lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
-        "start_noise": [0.5, 0.5], "guidance_scale": 1.0, "max_sequence_length": 16, "base_model": tiny_model})
-    return str(folder)
+    return save_random_lora(tiny_model, tmp_path_factory.mktemp("lora"),
+                            {"start_noise": [0.5, 0.5], "guidance_scale": 1.0}, rank=4, scale=0.1, seed=1)
 
 
 @functools.cache

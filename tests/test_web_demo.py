@@ -25,8 +25,8 @@ from PIL import Image
 import test_deg_lora_flux_kontext as test_script
 from my_dataset.images import load_rgb
 from scripts import web_demo, web_jobs
-from tests.conftest import PROJECT_ROOT, need_for_browser, photograph
-from utils import flux, lora, metrics, restore
+from tests.conftest import PROJECT_ROOT, need_for_browser, photograph, save_random_lora
+from utils import flux, metrics, restore
 from utils.tiles import Tiling, restore_tiled
 
 # What an earlier server that was killed left in --output: an upload and a result.
@@ -42,32 +42,16 @@ def save(path, side=64, name="astronaut"):
 @pytest.fixture(scope="module")
 def range_lora(tiny_model, tmp_path_factory):
     """Folder with a LoRA for tiny_model that was trained on start noise 0.2 to 0.8."""
-    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
-    lora.attach(pipe.transformer, rank=2)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in lora.parameters(pipe.transformer):
-        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("range") / "range-lora"
-    lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
-        "start_noise": [0.2, 0.8], "guidance_scale": 1.0, "max_sequence_length": 16, "base_model": tiny_model,
-        "prompt": "<b>bold</b> & sharp"})
-    return str(folder)
+    return save_random_lora(tiny_model, tmp_path_factory.mktemp("range") / "range-lora",
+                            {"start_noise": [0.2, 0.8], "guidance_scale": 1.0, "prompt": "<b>bold</b> & sharp"},
+                            rank=2, scale=0.1, seed=2)
 
 
 @pytest.fixture(scope="module")
 def text_lora(tiny_model, tmp_path_factory):
     """Folder with a LoRA for tiny_model's transformer and CLIP."""
-    pipe = flux.load_models(tiny_model, "cpu", torch.float32)
-    _, text_encoder = flux.load_text_encoder(tiny_model, "cpu", torch.float32)
-    lora.attach(pipe.transformer, rank=2)
-    lora.attach(text_encoder, rank=2, layers=lora.CLIP_LAYERS)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in (*lora.parameters(pipe.transformer), *lora.parameters(text_encoder)):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("text") / "text-lora"
-    lora.save(pipe.transformer, folder, restore.STOCK_SETTINGS | {
-        "start_noise": [0.5, 0.5], "max_sequence_length": 16, "base_model": tiny_model}, text_encoder)
-    return str(folder)
+    return save_random_lora(tiny_model, tmp_path_factory.mktemp("text") / "text-lora", {"start_noise": [0.5, 0.5]},
+                            rank=2, scale=1.0, seed=3, with_clip=True)
 
 
 @pytest.fixture(scope="module")
