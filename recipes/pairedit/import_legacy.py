@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipes.pairedit.adapters import read_legacy
 from utils.lora import SETTINGS_KEY, write_file
-from utils.memory import meta_transformer, read_configs
+from utils.lora_files import weightless_transformer
 from utils.parse import make_parser, run_main
 from utils.restore import STOCK_SETTINGS
 
@@ -31,7 +31,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    tensors = read_legacy(args.file, meta_transformer(read_configs(args.pretrained_model_name_or_path)[0]))
+    tensors = read_legacy(args.file, weightless_transformer(args.pretrained_model_name_or_path))
     settings = STOCK_SETTINGS | {"prompt": "", "reference_tokens": False, "references": 0, "guidance_scale": 3.5}
     write_file(Path(args.output), tensors, {"format": "pt", SETTINGS_KEY: json.dumps(settings, sort_keys=True)})
     print(f"{len(tensors) // 2} layers: {args.output}")
