@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import json
 import threading
 import time
 import traceback
@@ -16,7 +17,6 @@ from scripts import web_jobs as jobs
 from scripts.preview_degradations import describe
 from utils.color import COLOR_FIXES
 from utils.parse import is_ours
-from utils.restore import fidelity_start_noise
 
 KEEP_UPLOADS_S = 24 * 3600
 TILES = ("auto", "0", "128", "256", "512", "1024")
@@ -82,6 +82,16 @@ def about_lora(settings):
     return f"Start noise {noise}{side}, prompt “{settings['prompt']}”"
 
 
+def javascript(formula, least, most, served):
+    """A function in JavaScript of a LoRA's name and a number: the formula of `value`, the number within least to most
+    (an empty field counts as the least, as the page shows it too), and of lo and hi, the LoRA's start noise."""
+    ranges = json.dumps({name: lora.settings["start_noise"] for name, lora in served.loras.items()})
+    return f"""(name, number) => {{
+        const [lo, hi] = {ranges}[name], value = Math.min(Math.max(number ?? {least}, {least}), {most});
+        return Math.round(1e4 * ({formula})) / 1e4;
+    }}"""
+
+
 def settings_panel(page, served):
     """The settings, which all tabs share: components in the order of jobs.CONTROLS."""
     gr.Markdown("### Settings")
@@ -122,16 +132,13 @@ def settings_panel(page, served):
             *(values[name] for name in ("lora_weight", "token_shifts", "tile", "color_fix")),
         ]
 
-    def fidelity_to_start(name, value):
-        return fidelity_start_noise(served.loras[name].settings, value)
-
-    def start_to_fidelity(name, value):
-        return jobs.fidelity_of(served.loras[name].settings, value)
-
     quick = {"queue": False, "show_progress": "hidden"}
     gr.on([lora.change, preset.change], apply, [lora, preset], changed, **quick)
-    fidelity.input(fidelity_to_start, [lora, fidelity], start_noise, **quick)
-    start_noise.input(start_to_fidelity, [lora, start_noise], fidelity, **quick)
+    # In the browser: while a number is dragged or typed, answers of the server would come late, out of turn, or as
+    # errors on what is half written.
+    fidelity.input(None, [lora, fidelity], start_noise, js=javascript("hi - value * (hi - lo)", 0, 1, served))
+    start_noise.input(None, [lora, start_noise], fidelity,
+                      js=javascript("(hi - value) / (hi - lo)", "lo", "hi", served))
     page.load(apply, [lora, preset], changed, **quick)
     return [lora, steps, start_noise, weight, shifts, tile, color, seed]
 
@@ -147,18 +154,17 @@ def photograph_input(served, label, elem_id):
     upload = gr.File(label=label, file_types=sorted(EXTENSIONS), height=150, elem_id=elem_id)
     preview = gr.Image(label="Photograph", interactive=False, visible=False, buttons=[], height=220)
 
-    def clear():
-        return gr.Image(value=None, visible=False)
-
     def show(path):
+        yield gr.Image(value=None, visible=False)  # nothing of an earlier upload stays, also where this one is refused
         if path is None:
-            return gr.skip()
+            return
         with told_to_user():
             rgb = jobs.read_photograph(path, served.args.max_pixels).rgb
-            return gr.Image(value=jobs.to_show(rgb), visible=True, label=jobs.size_of(rgb))
+            yield gr.Image(value=jobs.to_show(rgb), visible=True, label=jobs.size_of(rgb))
 
-    upload.change(clear, None, preview, queue=False, show_progress="hidden").then(
-        show, upload, preview, concurrency_limit=2, show_progress="hidden")
+    # Every upload is shown, in turn. Of those that come while an earlier one is read, "once" would show none, and
+    # "always_last" none where the earlier one is refused.
+    upload.change(show, upload, preview, trigger_mode="multiple", concurrency_limit=1, show_progress="hidden")
     return upload, preview
 
 
@@ -207,7 +213,7 @@ def restore_tab(served, controls, examples, run_options):
         example = examples[event.index]
         return str(example.degraded), lora_of(example, served)
 
-    gallery.select(choose, None, [upload, controls[0]], queue=False, show_progress="hidden")
+    gallery.select(choose, None, [upload, controls[0]], trigger_mode="multiple", queue=False, show_progress="hidden")
     run.click(restore, [upload, file_format, *controls], [slider, done, download, command], show_progress_on=slider,
               **run_options)
     return stop
@@ -291,7 +297,8 @@ def score_tab(served, controls, examples, run_options):
         example = examples[event.index]
         return str(example.clean), example.damage, lora_of(example, served)
 
-    gallery.select(choose, None, [upload, preset, controls[0]], queue=False, show_progress="hidden")
+    gallery.select(choose, None, [upload, preset, controls[0]], trigger_mode="multiple", queue=False,
+                   show_progress="hidden")
     run.click(degrade_and_restore, [upload, preset, seed, *controls], [slider, clean, table, done, download],
               show_progress_on=slider, **run_options)
     return stop

@@ -346,6 +346,7 @@ def visit(browser, site):
         page.on("request", lambda request: asked.append(request.url))
         page.goto(site.local_url)
         page.get_by_text("Start noise 0.2 to 0.8").wait_for()
+        page.wait_for_timeout(200)  # until the LoRA's other values are there too
         return page
 
     yield open_page
@@ -432,6 +433,44 @@ def test_a_photograph_is_restored_compared_and_downloaded_in_full(visit, site, s
     assert hidden_part(restored) == pytest.approx(80, abs=1)
 
 
+@pytest.mark.parametrize("first, second", [("good", "good"), ("bad", "good"), ("good", "bad"), ("good", "none")])
+def test_the_preview_is_of_the_last_upload_however_long_an_earlier_one_is_read(visit, tmp_path, monkeypatch, first,
+                                                                               second):
+    go_on, read = threading.Event(), web_jobs.read_photograph
+
+    def read_first_slowly(path, max_pixels):
+        if Path(path).name == "first.png":
+            assert go_on.wait(30)
+        return read(path, max_pixels)
+
+    def choose(name, kind, side):
+        path = tmp_path / name
+        if kind == "bad":
+            path.write_text("no image")
+        else:
+            save(path, side)
+        upload.locator("input").set_input_files(path)
+        upload.get_by_text(path.stem).wait_for()
+
+    monkeypatch.setattr(web_jobs, "read_photograph", read_first_slowly)
+    page = visit()
+    upload, told = page.locator("#photo"), page.get_by_test_id("toast-text")
+    choose("first.png", first, 64)
+    page.wait_for_timeout(500)  # until the page has asked for its preview
+    upload.get_by_label("Clear").click()
+    if second != "none":
+        choose("second.png", second, 80)
+    page.wait_for_timeout(500)
+    go_on.set()
+    if "bad" in (first, second):
+        told.filter(has_text="not an image").wait_for()
+    if second == "good":
+        page.get_by_text("80 × 80 px").wait_for()
+    page.get_by_text("64 × 64 px").wait_for(state="hidden")
+    page.wait_for_timeout(500)
+    assert page.get_by_text("64 × 64 px").count() == 0
+
+
 def hidden_part(picture):
     """Per cent of an image's width that its clip-path hides on the left."""
     return float(re.search(r"clip-path: inset\(0px 0px 0px ([\d.]+)%", picture.get_attribute("style"))[1])
@@ -459,6 +498,22 @@ def test_sliders_and_presets_reach_the_result(visit, site, tmp_path):
     run = json.loads(job_of(site, load_rgb(file)).with_name(f"{name}.json").read_text())
     assert (run["sampled_start_noise"], run["lora"]["weight"], run["steps"], run["color_fix"]) == (
         0.35, 0.8, 3, "wavelet")
+
+
+def test_a_number_that_is_being_typed_is_not_refused_and_the_other_slider_agrees_with_it_in_the_end(visit):
+    page = visit()
+    page.get_by_role("button", name="All settings").click()
+    fidelity, start_noise = (page.get_by_label(f"number input for {name}") for name in ("Fidelity", "Start noise"))
+    for slider, other, typed, shown, value in (
+            (start_noise, fidelity, "0.35", "0.35", "0.75"),  # 0 is below the least
+            (fidelity, start_noise, "0.25", "0.25", "0.65"), (fidelity, start_noise, "5", "1", "0.2"),
+            (start_noise, fidelity, "0.5", "0.5", "0.5"), (fidelity, start_noise, "", "0", "0.8")):
+        slider.fill("")
+        slider.press_sequentially(typed, delay=50)
+        page.get_by_text("Settings", exact=True).click()  # leaves the field
+        page.wait_for_function("([input, value]) => input.value === value", arg=[other.element_handle(), value])
+        assert slider.input_value() == shown
+    assert page.get_by_test_id("toast-text").count() == 0
 
 
 def hostile_files(folder):
