@@ -1,13 +1,9 @@
 """The suggested start noise against the ratio it is defined by."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from scripts import suggest_start_noise as script
-from tests.conftest import PROJECT_ROOT
 
 
 def test_equal_latents_need_no_noise_and_damage_as_strong_as_unit_noise_half():
@@ -31,23 +27,21 @@ def test_suggestion_is_the_median_and_the_bridge_where_the_damage_is_slight():
     assert script.suggest([0.01, 0.05, 0.5]) == 0
 
 
-def run(*options):
-    command = [sys.executable, "-m", "scripts.suggest_start_noise", *options]
-    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
-
-
-def test_command_suggests_more_noise_for_more_damage(tiny_model, photos):
+def test_command_suggests_more_noise_for_more_damage(tiny_model, photos, monkeypatch, capsys):
     common = ["--pretrained_model_name_or_path", tiny_model, "--hr_root", str(photos / "train"), "--resolution", "32",
               "--max_images", "4", "--seed", "3", "--degradation_types", "noise"]
-    results = [run(*common, "--noise_level", level) for level in ("0.02", "0.5")]
-    assert [result.returncode for result in results] == [0, 0], results[1].stderr
-    weak, strong = (float(result.stdout.split("median ")[1].split(",")[0]) for result in results)
+    printed = []
+    for level in ("0.02", "0.5"):
+        monkeypatch.setattr("sys.argv", ["suggest_start_noise", *common, "--noise_level", level])
+        script.main()
+        printed.append(capsys.readouterr().out)
+    weak, strong = (float(text.split("median ")[1].split(",")[0]) for text in printed)
     assert weak < strong
-    assert "--start_noise " in results[0].stdout
-    assert results[1].stdout.startswith("4 images")
+    assert "--start_noise " in printed[0]
+    assert printed[1].startswith("4 images")
 
 
-def test_command_refuses_no_images_in_one_line(tiny_model, photos):
-    result = run("--pretrained_model_name_or_path", tiny_model, "--hr_root", str(photos), "--max_images", "0")
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].endswith("--max_images 0: give 1 or more")
+def test_command_refuses_no_images_by_name(tiny_model, photos):
+    with pytest.raises(ValueError, match="^--max_images 0: give 1 or more"):
+        script.parse_args(["--pretrained_model_name_or_path", tiny_model, "--hr_root", str(photos), "--max_images",
+                           "0"])

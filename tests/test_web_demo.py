@@ -433,7 +433,7 @@ def test_a_photograph_is_restored_compared_and_downloaded_in_full(visit, site, s
     assert hidden_part(restored) == pytest.approx(80, abs=1)
 
 
-@pytest.mark.parametrize("first, second", [("good", "good"), ("bad", "good"), ("good", "bad"), ("good", "none")])
+@pytest.mark.parametrize("first, second", [("bad", "good"), ("good", "bad"), ("good", "none")])
 def test_the_preview_is_of_the_last_upload_however_long_an_earlier_one_is_read(visit, tmp_path, monkeypatch, first,
                                                                                second):
     go_on, read = threading.Event(), web_jobs.read_photograph
