@@ -133,7 +133,7 @@ def main(args):
     images = dataset.images or str(dataset.stream)
     identity = run.identity(args, settings, images, accelerator.num_processes,
                             more=SAMPLE_OPTIONS)
-    identity["base_precision"] = plan.base_precision
+    identity |= {"base_precision": plan.base_precision, "data": None if dataset.stream else dataset.fingerprint()}
     lpips, perceptual = validation.load_lpips(args.lpips_backbone), None
     if args.perceptual_loss:
         perceptual = make_perceptual_loss(args.perceptual_loss, args.perceptual_weights)

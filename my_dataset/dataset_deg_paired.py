@@ -110,6 +110,12 @@ class Record(NamedTuple):
     fault: str | None = None
 
 
+def fingerprint(listing):
+    """32 hexadecimal digits that tell one list (of names, sizes, texts) from another: a run is resumed on the data that
+    it began with."""
+    return hashlib.blake2b(repr(listing).encode(), digest_size=16).hexdigest()
+
+
 def folder_records(root):
     """One Record per image below `root`, or the image itself."""
     return [Record(str(path), path) for path in list_images(root)]
@@ -389,6 +395,11 @@ class DegDataset(Dataset):
 
     def __len__(self):
         return len(self.records)
+
+    def fingerprint(self):
+        """Tells one set of images and captions from another, by names without folders, sizes, captions and order."""
+        return fingerprint([(Path(record.name).name, size, record.prompt, record.control is not None)
+                            for record, size in zip(self.records, self.sizes, strict=True)])
 
     def _load(self, record):
         target = read(record.target, self.max_pixels, record.name, load_rgb)

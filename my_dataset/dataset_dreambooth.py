@@ -5,7 +5,6 @@ An item is a function of (seed, epoch, index) alone. Targets and references go w
 that no order, batch or epoch can mix them up."""
 
 import argparse
-import hashlib
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from my_dataset.dataset_deg_paired import (
     check_no_overlap,
     cover_crop,
     find_column,
+    fingerprint,
     heldout_seed,
     image_cells,
     item_rng,
@@ -163,7 +163,7 @@ class DreamBoothDataset(Dataset):
         """Tells one set of images and captions from another, by names without folders, captions and order."""
         items = [(Path(example.name).name, example.prompt or self.prompt) for example in self.examples]
         classes = [path.name for path in self.class_images]
-        return hashlib.blake2b(repr((items, classes)).encode(), digest_size=16).hexdigest()
+        return fingerprint([items, classes])
 
     def _load(self, example):
         return [read(source, self.max_pixels, example.name, load_rgb)

@@ -1,6 +1,7 @@
 """Claims about train_deg_lora_flux_kontext.py, each on a tiny random model."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -454,6 +455,17 @@ def test_resuming_with_another_option_that_matters_names_it(train):
                   "--random_flip", "--crop_zoom 1-2", "--perceptual_loss gradient", "--degradation_order shuffled"):
         with pytest.raises(ValueError, match=rf"it differs in {flags.split()[0][2:]} \(was"):
             train(shared, flags, "--resume_from_checkpoint latest")
+
+
+def test_resuming_on_other_photographs_is_refused_and_where_they_lie_does_not_matter(train, photos, tmp_path):
+    shared = "--max_train_steps 2 --checkpointing_steps 2 --degradation_types noise"
+    train(shared)
+    moved = shutil.copytree(photos / "train", tmp_path / "moved")
+    train(shared, f"--hr_root {moved} --resume_from_checkpoint latest")
+    first = min(moved.iterdir())
+    first.rename(first.with_stem("another"))
+    with pytest.raises(ValueError, match=r"it differs in data \(was"):
+        train(shared, f"--hr_root {moved} --resume_from_checkpoint latest")
 
 
 def test_a_new_run_keeps_no_numbers_of_one_that_was_killed_before_its_first_checkpoint(train, photos, tmp_path):

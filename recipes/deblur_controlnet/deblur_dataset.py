@@ -6,7 +6,6 @@ the fly from a folder of sharp images.
 
 `make_loader` is my_dataset.dataset_deg_bucket's. A sample is a function of (seed, epoch, index) alone."""
 
-import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -148,7 +147,7 @@ def fingerprint(records, root):
     `root` that holds them may lie."""
     listing = [[path.relative_to(root).as_posix(), path.stat().st_size, *([record.prompt] if record.prompt else [])]
                for record in records for path in (record.target, record.control) if path]
-    return hashlib.blake2b(json.dumps(listing).encode(), digest_size=16).hexdigest()
+    return dataset_deg_paired.fingerprint(listing)
 
 
 def check_side(name, size, image_size, upscale_small):

@@ -8,7 +8,6 @@ In edit training the tokens of the image before follow those of z, and what is p
         --pretrained_model_name_or_path /path/Qwen-Image --set data_config.img_dir=photos --output_dir outputs/photos
 """
 
-import hashlib
 import itertools
 import shlex
 import sys
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from my_dataset.dataset_deg_bucket import make_loader
-from my_dataset.dataset_deg_paired import cover_crop, to_tensor
+from my_dataset.dataset_deg_paired import cover_crop, fingerprint, to_tensor
 from my_dataset.images import load_rgb
 from recipes.qwen_image import qwen
 from recipes.qwen_image.image_datasets.dataset import NO_CAPTION, collate_fn, dataset_from_args, edit_size
@@ -84,14 +83,14 @@ def main(args):
     settings = {name: getattr(args, name) for name in (
         "max_sequence_length", "vae_encode_mode", "weighting_scheme", "timestep_shift", "img_size", "seed",
         "learning_rate")} | {"base_model": args.base_model_id, "is_edit": is_edit}
-    pictures = repr((dataset.sizes, [(example.target.relative_to(args.img_dir).as_posix(), example.prompt)
-                                     for example in dataset.examples]))  # wherever the folder lies
+    pictures = [(example.target.relative_to(args.img_dir).as_posix(), example.prompt)  # wherever the folder lies
+                for example in dataset.examples]
     identity = settings | {name: getattr(args, name) for name in (
         "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_target_preset", "use_dora", "use_rslora", "use_ema",
         "optimizer", "use_8bit_adam", "adam_weight_decay", "lr_scheduler", "train_batch_size",
         "gradient_accumulation_steps", "caption_dropout_rate", "repeats", "base_precision", "bnb_options",
         "precompute_image_embeddings")}
-    identity |= {"data": hashlib.blake2b(pictures.encode(), digest_size=16).hexdigest(),
+    identity |= {"data": fingerprint([dataset.sizes, pictures]),
                  "processes": accelerator.num_processes}
     step, state = run.resume(args, identity)
     run.start_run(accelerator, args, step, args.tracker_project_name)
