@@ -57,6 +57,8 @@ def parse_args(argv=None):
         raise ValueError(f"--port {args.port}: give 0 to 65535")
     check_least(args, port=0, max_upload_mb=1, max_pixels=1, max_files=1, queue_size=1)
     check_restoration_args(args)
+    if args.seed > web_jobs.MAX_SEED:
+        raise ValueError(f"--seed {args.seed}: give at most {web_jobs.MAX_SEED}; beyond it browsers round")
     flux.check_model(args.pretrained_model_name_or_path)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the web demo needs gradio, which is not installed; run bash scripts/setup_demo.sh")

@@ -45,7 +45,7 @@ from utils.utils import to_uint8
 
 MAX_STEPS = 50
 FAST_STEPS = 8  # from pure noise, where one step gives a blur
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53 - 1  # the largest integer that is exact in a browser
 TEXTS_KEPT = 16
 CONTROLS = ("lora", "num_inference_steps", "start_noise", "lora_weight", "token_shifts", "tile", "color_fix", "seed")
 PRESETS = ("Recommended", "Closest to the photograph", "Most detail invented", "Fastest")
@@ -79,7 +79,8 @@ class Lora(NamedTuple):
 
 class Served(NamedTuple):
     """A model that is loaded. loras: {name on the page: Lora}. folder: for this server's jobs, whose results alone it
-    gives out. lock: held by the job that uses the model. running: {session: event that stops its job}."""
+    gives out. lock: held by the job that uses the model. waiting, running: {(session, kind of job): event that stops
+    it}."""
 
     args: argparse.Namespace
     pipe: object
@@ -87,6 +88,7 @@ class Served(NamedTuple):
     loras: dict[str, Lora]
     folder: Path
     lock: threading.Lock
+    waiting: dict
     running: dict
 
 
@@ -155,7 +157,7 @@ def serve(args):
         text = encode_text(job, settings, device, dtype, job.lora) if i else text
         loras[label] = Lora(job.lora, f"restoration_{i}" if i else "restoration",
                             text_by_weight(job, settings, text, device, dtype), *resolved[i])
-    return Served(args, pipe, dtype, loras, new_folder(Path(args.output, "jobs")), threading.Lock(), {})
+    return Served(args, pipe, dtype, loras, new_folder(Path(args.output, "jobs")), threading.Lock(), {}, {})
 
 
 def stop_all(served):

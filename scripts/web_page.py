@@ -28,6 +28,10 @@ CSS = """
 #title p {color: var(--body-text-color-subdued)}
 .examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 .examples, .examples .grid-wrap {min-height: 0 !important; height: auto !important}
+/* Where a file was refused, the word "Error" must not take the next one's drop: the browser would open the file. */
+.dropzone .wrap:has(> .error) {pointer-events: none}
+.dropzone .wrap:has(> .error) .clear-status {pointer-events: auto}
+@media (max-width: 520px) {.tabs {max-width: calc(100vw - 64px)}}
 """
 INTRO = """# Photo restoration
 Drop a photograph, press **Restore**, and drag the line across the picture to compare. Nothing leaves this server."""
@@ -38,8 +42,8 @@ def told_to_user():
     """Errors as one line on the page: the text of this project's own, for others none, with a traceback on stderr."""
     try:
         yield
-    except jobs.Stopped as error:
-        raise gr.Error("Stopped.", title="Stopped", print_exception=False) from error
+    except jobs.Stopped:
+        raise
     except Exception as error:
         text = "Something went wrong here. It is not your photograph's fault; the server's log says more."
         if isinstance(error, ValueError) and is_ours(error):
@@ -49,18 +53,50 @@ def told_to_user():
         raise gr.Error(text, title="That did not work", print_exception=False) from error
 
 
-@contextlib.contextmanager
-def stoppable(served, request):
-    """Inside, a job of the request's session runs; gives the event that is set to stop it."""
-    event = served.running[request.session_hash] = threading.Event()
-    try:
-        yield event
-    finally:
-        served.running.pop(request.session_hash, None)
+def stop_jobs(served, session, kind=None):
+    """Stop the jobs of a session, or its job of one kind: at the next call of the model, or before it begins."""
+    for events in (served.waiting, served.running):
+        for key, event in list(events.items()):
+            if key[0] == session and kind in (None, key[1]):
+                event.set()
+
+
+def start_and_stop(served, start, stop, work, inputs, outputs, shown, run_options):
+    """Have two buttons start and stop the job work(event, *inputs), whose `outputs` are emptied first: what stays empty
+    has no result. A job that waits for its turn can be stopped too. shown: the output that shows the progress."""
+    kind = work.__name__
+
+    def begin(request: gr.Request):
+        served.waiting[request.session_hash, kind] = threading.Event()
+        return [gr.DownloadButton(value=None, interactive=False) if isinstance(output, gr.DownloadButton) else None
+                for output in outputs]
+
+    def run(request: gr.Request, *values):
+        key = request.session_hash, kind
+        event = served.running[key] = served.waiting.pop(key, None) or threading.Event()
+        try:
+            with told_to_user():
+                return work(event, *values)
+        except jobs.Stopped:
+            gr.Info("Stopped.")
+            return gr.skip()
+        finally:
+            served.running.pop(key, None)
+
+    def end(request: gr.Request):
+        stop_jobs(served, request.session_hash, kind)
+
+    quick = {"queue": False, "show_progress": "hidden"}
+    start.click(begin, None, outputs, **quick).then(run, inputs, outputs, show_progress_on=shown, api_name=kind,
+                                                    **run_options)
+    stop.click(end, **quick)
 
 
 def make_tell(event, of=1):
-    """tell(i, done, total) for photograph i of `of`: moves the progress bar, and raises Stopped once `event` is set."""
+    """tell(i, done, total) for photograph i of `of`: moves the progress bar, and raises Stopped once `event` is set, as
+    this does."""
+    if event.is_set():
+        raise jobs.Stopped
     progress, started = gr.Progress(), time.monotonic()
 
     def tell(i, done, total):
@@ -102,7 +138,7 @@ def settings_panel(page, served):
                                                                      "most")
         start_noise = gr.Slider(0, 1, step=0.01, label="Start noise")
         most_steps = max(jobs.MAX_STEPS, *(choice.steps for choice in served.loras.values()))
-        steps = gr.Slider(1, most_steps, step=1, label="Steps")
+        steps = gr.Slider(1, most_steps, step=1, precision=0, label="Steps")
         weight = gr.Slider(0, 2, step=0.05, label="LoRA weight", info="1: as trained; 0: off")
         shifts = gr.Radio([1, 2, 4, 8], label="Token shifts", info="The mean over so many token grids has no blocks; "
                                                                     "so many times slower")
@@ -151,7 +187,8 @@ def controls_of(values):
 
 def photograph_input(served, label, elem_id):
     """(upload, its preview); a file that is no photograph is refused as soon as it is there."""
-    upload = gr.File(label=label, file_types=sorted(EXTENSIONS), height=150, elem_id=elem_id)
+    upload = gr.File(label=label, file_types=sorted(EXTENSIONS), height=150, elem_id=elem_id,
+                     elem_classes="dropzone")
     preview = gr.Image(label="Photograph", interactive=False, visible=False, buttons=[], height=220)
 
     def show(path):
@@ -196,35 +233,35 @@ def restore_tab(served, controls, examples, run_options):
             with gr.Accordion("The same on the command line", open=False):
                 command = gr.Textbox(show_label=False, container=False, lines=4, interactive=False, buttons=["copy"])
 
-    def restore(request: gr.Request, path, ext, *values):
-        with told_to_user(), stoppable(served, request) as event:
-            if path is None:
-                raise ValueError("Choose a photograph first.")
-            output, = jobs.plan_job([path], jobs.new_folder(served.folder), ext)
-            result = jobs.restore_file(served, controls_of(values), path, output, partial(make_tell(event), 0))
-            return (
-                (result.before, result.after),
-                f"{result.size}, restored in {result.seconds:.1f} s",
-                gr.DownloadButton(value=str(result.path), interactive=True),
-                jobs.command_line(served, controls_of(values), Path(path).name, ext),
-            )
+    def restore(event, path, ext, *values):
+        tell = make_tell(event)
+        if path is None:
+            raise ValueError("Choose a photograph first.")
+        output, = jobs.plan_job([path], jobs.new_folder(served.folder), ext)
+        result = jobs.restore_file(served, controls_of(values), path, output, partial(tell, 0))
+        return (
+            (result.before, result.after),
+            f"{result.size}, restored in {result.seconds:.1f} s",
+            gr.DownloadButton(value=str(result.path), interactive=True),
+            jobs.command_line(served, controls_of(values), Path(path).name, ext),
+        )
 
     def choose(event: gr.SelectData):
         example = examples[event.index]
         return str(example.degraded), lora_of(example, served)
 
     gallery.select(choose, None, [upload, controls[0]], trigger_mode="multiple", queue=False, show_progress="hidden")
-    run.click(restore, [upload, file_format, *controls], [slider, done, download, command], show_progress_on=slider,
-              **run_options)
-    return stop
+    start_and_stop(served, run, stop, restore, [upload, file_format, *controls], [slider, done, download, command],
+                   slider, run_options)
 
 
 def batch_tab(served, controls, run_options):
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             uploads = gr.File(label=f"Drop photographs here, up to {served.args.max_files}", file_count="multiple",
-                              file_types=sorted(EXTENSIONS), height=200, elem_id="photos")
-            folder = gr.File(label="Or choose a folder", file_count="directory", height=150, elem_id="folder")
+                              file_types=sorted(EXTENSIONS), height=200, elem_id="photos", elem_classes="dropzone")
+            folder = gr.File(label="Or choose a folder", file_count="directory", height=150, elem_id="folder",
+                             elem_classes="dropzone")
             with gr.Row():
                 run = gr.Button("Restore all", variant="primary")
                 stop = gr.Button("Stop")
@@ -235,28 +272,26 @@ def batch_tab(served, controls, run_options):
                                  column_widths=["32%", "25%", "13%", "30%"], wrap=True, show_label=False)
             download = gr.DownloadButton("Download all as a ZIP file", interactive=False)
 
-    def restore_all(request: gr.Request, files, folder, ext, *values):
-        with told_to_user(), stoppable(served, request) as event:
-            # A folder brings along what is no photograph: Thumbs.db, notes, hidden files.
-            paths = [*(files or []), *(path for path in folder or [] if Path(path).suffix.lower() in EXTENSIONS
-                                       and not Path(path).name.startswith("."))]
-            if not 0 < len(paths) <= served.args.max_files:
-                raise ValueError(f"Choose photographs first, up to {served.args.max_files}; there are {len(paths)}.")
-            rows, archive = jobs.restore_files(served, controls_of(values), paths, ext, make_tell(event, len(paths)))
-            lines, pictures = [], []
-            for path, row in rows:
-                name = Path(path).name
-                if isinstance(row, ValueError):
-                    lines.append([name, "", "", f"failed: {str(row).removeprefix(f'{name}: ')}"])
-                    continue
-                lines.append([name, row.size, f"{row.seconds:.1f} s", "restored"])
-                pictures.append((row.after, row.path.name))
-            lines += [[Path(path).name, "", "", "stopped before it"] for path in paths[len(rows):]]
-            return pictures, lines, gr.DownloadButton(value=archive and str(archive), interactive=bool(archive))
+    def restore_all(event, files, folder, ext, *values):
+        # A folder brings along what is no photograph: Thumbs.db, notes, hidden files.
+        paths = [*(files or []), *(path for path in folder or [] if Path(path).suffix.lower() in EXTENSIONS
+                                   and not Path(path).name.startswith("."))]
+        if not 0 < len(paths) <= served.args.max_files:
+            raise ValueError(f"Choose photographs first, up to {served.args.max_files}; there are {len(paths)}.")
+        rows, archive = jobs.restore_files(served, controls_of(values), paths, ext, make_tell(event, len(paths)))
+        lines, pictures = [], []
+        for path, row in rows:
+            name = Path(path).name
+            if isinstance(row, ValueError):
+                lines.append([name, "", "", f"failed: {str(row).removeprefix(f'{name}: ')}"])
+                continue
+            lines.append([name, row.size, f"{row.seconds:.1f} s", "restored"])
+            pictures.append((row.after, row.path.name))
+        lines += [[Path(path).name, "", "", "stopped before it"] for path in paths[len(rows):]]
+        return pictures, lines, gr.DownloadButton(value=archive and str(archive), interactive=bool(archive))
 
-    run.click(restore_all, [uploads, folder, file_format, *controls], [gallery, table, download],
-              show_progress_on=gallery, **run_options)
-    return stop
+    start_and_stop(served, run, stop, restore_all, [uploads, folder, file_format, *controls],
+                   [gallery, table, download], gallery, run_options)
 
 
 def score_tab(served, controls, examples, run_options):
@@ -279,19 +314,19 @@ def score_tab(served, controls, examples, run_options):
             done = gr.Markdown()
             download = gr.DownloadButton("Download the restored photograph", interactive=False)
 
-    def degrade_and_restore(request: gr.Request, path, preset, damage_seed, *values):
-        with told_to_user(), stoppable(served, request) as event:
-            if path is None or damage_seed is None:
-                raise ValueError("Choose a clean photograph and a seed first.")
-            result, target, scores, params = jobs.score_file(served, controls_of(values), path, preset, damage_seed,
-                                                             partial(make_tell(event), 0))
-            damage = "; ".join(describe(step) for step in params) or "none was drawn"
-            return (
-                (result.before, result.after), (result.after, target),
-                [[name, f"{score['psnr']:.2f}", f"{score['ssim']:.3f}"] for name, score in scores.items()],
-                f"{result.size}, restored in {result.seconds:.1f} s. Damage: {damage}",
-                gr.DownloadButton(value=str(result.path), interactive=True),
-            )
+    def degrade_and_restore(event, path, preset, damage_seed, *values):
+        tell = make_tell(event)
+        if path is None or damage_seed is None:
+            raise ValueError("Choose a clean photograph and a seed first.")
+        result, target, scores, params = jobs.score_file(served, controls_of(values), path, preset, damage_seed,
+                                                         partial(tell, 0))
+        damage = "; ".join(describe(step) for step in params) or "none was drawn"
+        return (
+            (result.before, result.after), (result.after, target),
+            [[name, f"{score['psnr']:.2f}", f"{score['ssim']:.3f}"] for name, score in scores.items()],
+            f"{result.size}, restored in {result.seconds:.1f} s. Damage: {damage}",
+            gr.DownloadButton(value=str(result.path), interactive=True),
+        )
 
     def choose(event: gr.SelectData):
         example = examples[event.index]
@@ -299,9 +334,8 @@ def score_tab(served, controls, examples, run_options):
 
     gallery.select(choose, None, [upload, preset, controls[0]], trigger_mode="multiple", queue=False,
                    show_progress="hidden")
-    run.click(degrade_and_restore, [upload, preset, seed, *controls], [slider, clean, table, done, download],
-              show_progress_on=slider, **run_options)
-    return stop
+    start_and_stop(served, run, stop, degrade_and_restore, [upload, preset, seed, *controls],
+                   [slider, clean, table, done, download], slider, run_options)
 
 
 def launch(served, examples):
@@ -316,19 +350,16 @@ def launch(served, examples):
                 controls = settings_panel(page, served)
             with gr.Column(scale=4, min_width=320):
                 with gr.Tab("Restore"):
-                    stops = [restore_tab(served, controls, examples, run_options)]
+                    restore_tab(served, controls, examples, run_options)
                 with gr.Tab("Many photographs"):
-                    stops.append(batch_tab(served, controls, run_options))
+                    batch_tab(served, controls, run_options)
                 with gr.Tab("Degrade and restore"):
-                    stops.append(score_tab(served, controls, examples, run_options))
+                    score_tab(served, controls, examples, run_options)
 
-        def stop(request: gr.Request):
-            if event := served.running.get(request.session_hash):
-                event.set()
+        def leave(request: gr.Request):
+            stop_jobs(served, request.session_hash)
 
-        for button in stops:
-            button.click(stop, queue=False, show_progress="hidden")
-        page.unload(stop)  # who closes the page does not keep others waiting
+        page.unload(leave)  # who closes the page does not keep others waiting
 
     theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONO_FONTS).set(
         block_info_text_color="*neutral_500", body_text_color_subdued="*neutral_500")  # the defaults are hardly seen
