@@ -505,6 +505,7 @@ def test_a_number_that_is_being_typed_is_not_refused_and_the_other_slider_agrees
     page = visit()
     page.get_by_role("button", name="All settings").click()
     fidelity, start_noise = (page.get_by_label(f"number input for {name}") for name in ("Fidelity", "Start noise"))
+    page.wait_for_function("input => input.value === '0.5'", arg=start_noise.element_handle())  # the LoRA's own
     for slider, other, typed, shown, value in (
             (start_noise, fidelity, "0.35", "0.35", "0.75"),  # 0 is below the least
             (fidelity, start_noise, "0.25", "0.25", "0.65"), (fidelity, start_noise, "5", "1", "0.2"),
