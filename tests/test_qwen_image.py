@@ -431,6 +431,9 @@ def test_a_resume_from_disk_caches_encodes_nothing_and_takes_the_folder_wherever
     monkeypatch.setattr(QwenImagePipeline, "encode_prompt", None)
     resumed = run(model, moved, tmp_path / "out", *more, 4, "--resume_from_checkpoint", "latest")
     assert equal(resumed.values(), straight.values())
+    for name in ("adam_beta1", "adam_epsilon"):
+        with pytest.raises(ValueError, match=f"it differs in {name}"):
+            run(model, moved, tmp_path / "out", *more, 5, "--resume_from_checkpoint", "latest", f"--{name}", 0.5)
     (moved / "images" / "0.txt").write_text("another caption")
     with pytest.raises(ValueError, match="it differs in data"):
         run(model, moved, tmp_path / "out", *more, 5, "--resume_from_checkpoint", "latest")

@@ -24,6 +24,9 @@ from utils.parse import check_finite, check_least, public_args, read_metrics, wr
 from utils.restore import choose_start_noise
 
 logger = logging.getLogger("kontext")
+OPTIMIZER_OPTIONS = (  # what the optimizer of a resumed run has in common with that of the one it resumes
+    "optimizer", "use_8bit_adam", "learning_rate", "adam_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "lr_scheduler", "seed", "train_batch_size", "gradient_accumulation_steps")
 
 
 def add_training_args(parser):
@@ -360,9 +363,8 @@ def set_optimizer_mode(optimizer, training):
 def identity(args, settings, items, num_processes, more=()):
     """What a resumed run must have in common with the one it resumes, or its data, its optimizer state or the settings
     stored in the LoRA file would not fit. more: names of options that only this script has."""
-    names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "optimizer", "use_8bit_adam",
-             "learning_rate", "adam_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler", "seed",
-             "train_batch_size", "gradient_accumulation_steps", "weighting_scheme", "aspect_ratio_buckets", *more]
+    names = ["rank", "lora_alpha", "lora_layers", "use_dora", "use_rslora", "use_ema", "weighting_scheme",
+             "aspect_ratio_buckets", *OPTIMIZER_OPTIONS, *more]
     return settings | {name: getattr(args, name) for name in names} | {
         "images": items, "processes": num_processes, "state_format": 2}  # 2: as collect_state nests it
 

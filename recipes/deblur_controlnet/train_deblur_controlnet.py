@@ -32,12 +32,11 @@ from utils.losses import MARGIN_LATENTS, VGG16_FILE, crop_boxes, weight_file
 from utils.parse import check_least, make_parser, run_main
 
 LASTING = (  # what a resumed run has in common with the one it resumes
-    "seed", "train_batch_size", "gradient_accumulation_steps", "optimizer", "use_8bit_adam", "learning_rate",
-    "adam_weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler", "sd_locked", "only_mid_control",
-    "use_attention", "use_augmentation", "proportion_empty_prompts", "image_size", "type_weights", "linear_light",
-    "crop_zoom", "train_start", "t_min", "t_max", "loss_type", "simple_loss_weight", "elbo_weight",
-    "deblur_loss_weight", "l1_loss_weight", "mse_loss_weight", "perceptual_loss_weight", "gradient_loss_weight",
-    "target", "deblur_t_max", "deblur_every", "decode_crop")
+    *run.OPTIMIZER_OPTIONS, "sd_locked", "only_mid_control", "use_attention", "use_augmentation",
+    "proportion_empty_prompts", "image_size", "type_weights", "linear_light", "crop_zoom", "train_start", "t_min",
+    "t_max", "loss_type", "simple_loss_weight", "elbo_weight", "deblur_loss_weight", "l1_loss_weight",
+    "mse_loss_weight", "perceptual_loss_weight", "gradient_loss_weight", "target", "deblur_t_max", "deblur_every",
+    "decode_crop")
 LAUNCH = "accelerate launch --multi_gpu --num_processes {} -m recipes.deblur_controlnet.train_deblur_controlnet"
 
 

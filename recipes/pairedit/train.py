@@ -114,8 +114,8 @@ def main(args):
     runs = []  # (task, settings, identity, step, state)
     for task, settings in unfinished:
         args.output_dir = str(task.folder(args))
-        identity = settings | {"processes": accelerator.num_processes, "adam_epsilon": args.adam_epsilon,
-                               "base_precision": plan.base_precision, "use_8bit_adam": args.use_8bit_adam}
+        identity = settings | {name: getattr(args, name) for name in run.OPTIMIZER_OPTIONS} | {
+            "processes": accelerator.num_processes, "base_precision": plan.base_precision}
         runs.append((task, settings, identity, *resume(task, args, identity)))
 
     # --- models. Text first: T5-XXL is gone before the transformer arrives.

@@ -86,12 +86,10 @@ def main(args):
     pictures = [(example.target.relative_to(args.img_dir).as_posix(), example.prompt)  # wherever the folder lies
                 for example in dataset.examples]
     identity = settings | {name: getattr(args, name) for name in (
-        "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_target_preset", "use_dora", "use_rslora", "use_ema",
-        "optimizer", "use_8bit_adam", "adam_weight_decay", "lr_scheduler", "train_batch_size",
-        "gradient_accumulation_steps", "caption_dropout_rate", "repeats", "base_precision", "bnb_options",
+        *run.OPTIMIZER_OPTIONS, "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_target_preset", "use_dora",
+        "use_rslora", "use_ema", "caption_dropout_rate", "repeats", "base_precision", "bnb_options",
         "precompute_image_embeddings")}
-    identity |= {"data": fingerprint([dataset.sizes, pictures]),
-                 "processes": accelerator.num_processes}
+    identity |= {"data": fingerprint([dataset.sizes, pictures]), "processes": accelerator.num_processes}
     step, state = run.resume(args, identity)
     run.start_run(accelerator, args, step, args.tracker_project_name)
     if accelerator.is_main_process and step == 0:
