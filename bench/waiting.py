@@ -6,7 +6,6 @@ the loaders start. On a machine with fewer cores than processes and loaders all 
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -18,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 from scripts.download_dataset import copy_sample
-from utils.parse import PROJECT_ROOT, check_least, run_main
+from utils.parse import PROJECT_ROOT, check_least, read_metrics, run_main
 
 COPIES, SHARDS, FIRST_STEPS = 16, 4, 5
 LAST_LINES = 60  # of a training that fails; about 45 are torchrun's
@@ -55,7 +54,7 @@ def measure(args, processes, source, output):
     except subprocess.CalledProcessError as error:
         print(*error.stderr.splitlines()[-LAST_LINES:], sep="\n", file=sys.stderr)
         raise ValueError(f"the training on {processes} processes failed; its last lines are above") from error
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][FIRST_STEPS:]
+    rows = read_metrics(output / "metrics.jsonl")[FIRST_STEPS:]
     return tuple(sum(row[name] for row in rows) / len(rows) for name in ("seconds_per_step", "data_seconds_per_step"))
 
 

@@ -52,6 +52,11 @@ class TextEmbeds:
         return TextEmbeds(self.prompt.expand(batch, -1, -1), self.pooled.expand(batch, -1))
 
 
+def is_hub_id(path):
+    """Whether `path`, where no file or folder is, may be a name on the hub."""
+    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
+
+
 def check_model(path, kind="FluxKontextPipeline",
                 cure="download FLUX.1-Kontext-dev and name its folder, or use assets/tiny-kontext"):
     """Fail before anything expensive if `path` is a folder without a pipeline in it. Hub ids pass. kind, cure: what the
@@ -60,7 +65,7 @@ def check_model(path, kind="FluxKontextPipeline",
         if not (Path(path) / "model_index.json").is_file():
             raise ValueError(f"--pretrained_model_name_or_path {path}: no model_index.json there; name the folder of "
                              f"a {kind}")
-    elif str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+    elif not is_hub_id(path):
         raise ValueError(f"--pretrained_model_name_or_path {path}: no such folder; {cure}")
 
 

@@ -136,11 +136,6 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file ({error}); restore it") from error
 
 
-def is_hub_id(path):
-    """Whether `path`, where no file or folder is, may be a name on the hub."""
-    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
-
-
 def check_base(path):
     """Fail before anything expensive if `path` is a folder without Stable Diffusion in it. Hub ids pass."""
     index = Path(path) / "model_index.json"
@@ -149,7 +144,7 @@ def check_base(path):
         if not index.is_file() or "unet" not in read_json(index):
             raise ValueError(f"{flag}: no model_index.json with a unet there; name the folder of a "
                              "StableDiffusionPipeline")
-    elif not is_hub_id(path):
+    elif not flux.is_hub_id(path):
         raise ValueError(f"{flag}: no such folder; download {BASE_MODEL} and name its folder, or use assets/tiny-sd")
 
 
@@ -213,7 +208,7 @@ def check_source(source, flag):
     `flag`, which gave it."""
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{flag} {source}: no config.json there; name the folder of a ControlNetModel")
-    if not Path(source).exists() and not is_hub_id(source):
+    if not Path(source).exists() and not flux.is_hub_id(source):
         raise ValueError(f"{flag} {source}: no such file or folder; name one with a trained ControlNet")
 
 
